@@ -1,0 +1,1 @@
+"""Triton kernels and their host wrappers. Installed as `repo_ops.kernels`."""

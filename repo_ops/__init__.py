@@ -1,0 +1,1 @@
+"""Exact fused policy-gradient losses for language models."""

@@ -1,0 +1,1 @@
+"""A thin trainer around the library. Installed as `repo_ops.trainer`."""
