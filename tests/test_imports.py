@@ -1,0 +1,124 @@
+"""Who may import whom: trainer -> repo_ops -> repo_ops.kernels, and `import repo_ops` needs torch alone."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGES = {"kernels": "repo_ops.kernels", "repo_ops": "repo_ops", "trainer": "repo_ops.trainer"}
+
+
+def imported_names(source: str, package: str) -> list[tuple[str, bool]]:
+    """Full dotted name of everything imported, and whether that happens inside a function."""
+    found: list[tuple[str, bool]] = []
+
+    def visit(node: ast.AST, lazy: bool) -> None:
+        if isinstance(node, ast.Import):
+            found.extend((alias.name, lazy) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            parents = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            module = ".".join([*parents, *([node.module] if node.module else [])])
+            found.extend((f"{module}.{alias.name}", lazy) for alias in node.names)
+        inside = lazy or isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        for child in ast.iter_child_nodes(node):
+            visit(child, inside)
+
+    visit(ast.parse(source), False)
+    return found
+
+
+def within(name: str, package: str) -> bool:
+    return name == package or name.startswith(package + ".")
+
+
+def violations(path: str, source: str) -> list[str]:
+    """What a file, given by its path in the repository, imports against the rules."""
+    folder, *inner = Path(path).parent.parts or ("",)
+    package = ".".join([PACKAGES.get(folder, folder), *inner])
+    wrong = []
+    for name, lazy in imported_names(source, package):
+        if within(name, "kernels") or within(name, "trainer"):
+            wrong.append(f"{path}: {name}: say repo_ops.{name}; the bare name is another project's package")
+        elif folder == "kernels" and within(name, "repo_ops") and not within(name, "repo_ops.kernels"):
+            wrong.append(f"{path}: {name}: kernels know nothing of the library above them")
+        elif folder == "repo_ops" and within(name, "repo_ops.trainer") and not (path == "repo_ops/cli.py" and lazy):
+            wrong.append(f"{path}: {name}: only a function in repo_ops/cli.py may import the trainer")
+    return wrong
+
+
+@pytest.mark.parametrize(
+    ("path", "source", "count"),
+    [
+        ("tests/test_x.py", "import kernels", 1),
+        ("trainer/loop.py", "from trainer.rows import pack", 1),
+        ("trainer/loop.py", "from repo_ops.trainer.rows import pack\nfrom repo_ops import linear_logps", 0),
+        ("kernels/rows.py", "from repo_ops.kernels.launch import table\nimport triton", 0),
+        ("kernels/rows.py", "from repo_ops import Options", 1),
+        ("kernels/rows.py", "from .launch import table", 0),
+        ("kernels/rows.py", "from ..head import plan", 1),
+        ("repo_ops/head/plan.py", "def f():\n    from repo_ops.trainer import loop", 1),
+        ("repo_ops/cli.py", "def f():\n    from repo_ops.trainer import loop", 0),
+        ("repo_ops/cli.py", "from repo_ops.trainer import loop", 1),
+        ("repo_ops/replay/buffer.py", "import kernels_of_mine, trainers", 0),
+    ],
+)
+def test_the_scan_sees_what_it_should(path: str, source: str, count: int) -> None:
+    assert len(violations(path, source)) == count
+
+
+def test_imports_point_one_way() -> None:
+    files = [p for folder in (*PACKAGES, "tests", "benchmarks") for p in (ROOT / folder).rglob("*.py")]
+    assert len(files) > 5
+    wrong = [line for p in files for line in violations(p.relative_to(ROOT).as_posix(), p.read_text())]
+    assert not wrong, "\n".join(wrong)
+
+
+def python(code: str, cwd: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", code], cwd=cwd, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
+def test_import_repo_ops_loads_neither_transformers_nor_triton(tmp_path: Path) -> None:
+    python(
+        """
+import sys, torch
+before = set(sys.modules)
+import repo_ops
+new = {name.partition(".")[0] for name in set(sys.modules) - before}
+assert not new & {"transformers", "triton", "trl", "liger_kernel", "matplotlib", "numpy"}, new
+assert "repo_ops.trainer" not in sys.modules
+""",
+        tmp_path,
+    )
+
+
+def test_library_works_where_transformers_and_triton_are_absent(tmp_path: Path) -> None:
+    python(
+        """
+import importlib.abc, sys
+
+class Absent(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("transformers", "triton"):
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Absent())
+import torch, repo_ops
+
+hidden = torch.randn(5, 8, requires_grad=True)
+weight = torch.randn(11, 8, requires_grad=True)
+targets = torch.tensor([0, 10, 3, 3, 7])
+stats = repo_ops.linear_logps(hidden, weight, targets)
+truth = torch.log_softmax(hidden.double() @ weight.double().T, -1).gather(-1, targets[:, None])[:, 0]
+assert (stats.logps.double() - truth).abs().max() < 1e-5, (stats.logps, truth)
+
+out = repo_ops.linear_policy_loss(hidden[None], weight, targets[None], torch.ones(1), objective="grpo")
+out.loss.backward()
+expected, = torch.autograd.grad(-truth.mean(), hidden)  # on policy the surrogate's gradient is that of -mean(logp) * A
+assert (hidden.grad - expected).abs().max() < 1e-5
+""",
+        tmp_path,
+    )

@@ -1,0 +1,51 @@
+"""The names and signatures that callers rely on. A change here is a change for every user: see CHANGELOG.md."""
+
+import inspect
+
+import pytest
+
+import repo_ops
+
+HEAD = {"bias", "temperature", "softcap", "logit_scale", "cu_seqlens", "options"}
+LOSS = {"objective", "mask", "old_logps", "ref_logps", "sampler_logps", "off_policy", "off_policy_coef", "num_items"}
+
+# name -> (positional parameters, keyword-only parameters that must be there; more may follow)
+FUNCTIONS = {
+    "linear_logps": (["hidden", "weight", "targets"], HEAD | {"mask", "with_entropy"}),
+    "linear_policy_loss": (["hidden", "weight", "targets", "advantages"], HEAD | LOSS),
+    "policy_loss": (["logps", "advantages"], LOSS),
+    "group_advantages": (["rewards", "group_ids"], {"off_policy", "mode", "estimator", "lengths"}),
+    "get_objective": (["name"], set()),
+    "objective_names": ([], set()),
+}
+CLASSES = {"ReplayBuffer", "Options", "TokenStats", "PolicyLoss"}
+
+
+def test_all_lists_the_contract_and_everything_in_it_exists() -> None:
+    listed = set(repo_ops.__all__)
+    assert len(listed) == len(repo_ops.__all__)
+    assert set(FUNCTIONS) | CLASSES <= listed
+    assert [name for name in repo_ops.__all__ if not hasattr(repo_ops, name)] == []
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_signature(name: str) -> None:
+    positional, keywords = FUNCTIONS[name]
+    parameters = inspect.signature(getattr(repo_ops, name)).parameters.values()
+    assert [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD] == positional
+    assert keywords <= {p.name for p in parameters if p.kind is p.KEYWORD_ONLY}
+
+
+@pytest.mark.parametrize("name", sorted({*FUNCTIONS, *CLASSES}))
+def test_every_public_name_says_what_it_is(name: str) -> None:
+    documentation = getattr(repo_ops, name).__doc__ or ""
+    assert documentation.splitlines()[0].endswith("."), f"{name}: the docstring's first line is one sentence"
+
+
+def test_results_unpack_by_the_names_of_the_contract() -> None:
+    for name, fields in (
+        ("TokenStats", ("logps", "entropy")),
+        ("PolicyLoss", ("loss", "logps", "entropy", "metrics")),
+    ):
+        parameters = list(inspect.signature(getattr(repo_ops, name)).parameters)
+        assert parameters[: len(fields)] == list(fields)
