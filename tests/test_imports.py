@@ -76,6 +76,36 @@ def test_imports_point_one_way() -> None:
     assert not wrong, "\n".join(wrong)
 
 
+# What each folder may import beside the standard library and itself; the values stand in pyproject.toml as requirements.
+THIRD_PARTY = {
+    "kernels": {"torch", "triton"},
+    "repo_ops": {"torch"},
+    "trainer": {
+        "gguf",
+        "jsonargparse",
+        "math_verify",
+        "matplotlib",
+        "reasoning_gym",
+        "rich",
+        "safetensors",
+        "torch",
+        "transformers",
+        "vllm",
+        "yaml",
+    },
+}
+
+
+@pytest.mark.parametrize("folder", THIRD_PARTY)
+def test_what_is_imported_is_what_the_extras_install(folder: str) -> None:
+    known = THIRD_PARTY[folder] | set(sys.stdlib_module_names) | {"repo_ops"}
+    for path in (ROOT / folder).rglob("*.py"):
+        inner = path.parent.relative_to(ROOT / folder).parts
+        names = imported_names(path.read_text(), ".".join([PACKAGES[folder], *inner]))
+        unknown = {name.partition(".")[0] for name, _ in names} - known
+        assert not unknown, f"{path.relative_to(ROOT)} imports {unknown}: name it here and in an extra, or do without"
+
+
 def python(code: str, cwd: Path) -> None:
     done = subprocess.run([sys.executable, "-c", code], cwd=cwd, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
