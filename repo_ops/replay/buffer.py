@@ -85,8 +85,9 @@ class ReplayBuffer:
             )
         if num_replays is None and strategy != "full_scope":
             raise ValueError("num_replays: expected >= 1, got None; only strategy 'full_scope' goes without it")
-        self.num_replays = None if num_replays is None else _num_replays(num_replays)
-        self.seed = operator.index(seed)
+        remedy = "; to train without replay, leave the buffer out"
+        self.num_replays = None if num_replays is None else _positive("num_replays", num_replays, remedy)
+        self.seed = _integer("seed", seed)
         if score not in ("reward", "sum_of_parts"):
             raise ValueError(f"score: expected 'reward' or 'sum_of_parts', got {score!r}")
         self.score = score
@@ -308,17 +309,17 @@ def _strategy_label(strategy: str | Strategy) -> str:
     return f"{strategy.__module__}.{getattr(strategy, '__qualname__', type(strategy).__qualname__)}"
 
 
-def _positive(name: str, value: int) -> int:
-    number = operator.index(value)
-    if number < 1:
-        raise ValueError(f"{name}: expected >= 1, got {number}")
-    return number
+def _integer(name: str, value: int) -> int:
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name}: expected an integer, got {value!r}") from None
 
 
-def _num_replays(value: int) -> int:
-    number = operator.index(value)
+def _positive(name: str, value: int, remedy: str = "") -> int:
+    number = _integer(name, value)
     if number < 1:
-        raise ValueError(f"num_replays: expected >= 1, got {number}; to train without replay, leave the buffer out")
+        raise ValueError(f"{name}: expected >= 1, got {number}{remedy}")
     return number
 
 

@@ -14,9 +14,9 @@ def max_variance_subset(scores: Sequence[float], k: int) -> list[int]:
     Equals the maximum over `itertools.combinations(range(n), k)` by (variance, sum), the first such subset in
     lexicographic order; here in O(n log n). With all members of a subset fixed but one, the variance is a strictly
     convex quadratic in that one (leading coefficient (k-1)/k**2), so a member with an unselected value below it and
-    another above it can be exchanged for a better one. Every maximiser is therefore j smallest plus k-j largest values,
-    and k+1 values of j remain. For k = 1 every variance is 0 and the larger sum decides: the maximum. Among equal
-    values the oldest (smallest) indices are taken.
+    another above it can be exchanged for a better one. Every maximiser is therefore j smallest plus k-j largest
+    values, and k+1 values of j remain. For k = 1 every variance is 0 and the larger sum decides: the maximum. Among
+    equal values the oldest (smallest) indices are taken.
 
     Floats are compared as the exact rationals that they are: a tie is a tie, and rounding decides nothing.
 

@@ -51,16 +51,12 @@ class Sample:
 
         store("token_ids", _token_ids(self.token_ids))
         store("logps", _logps(self.logps, len(self.token_ids)))
-        store(
-            "reward", _finite("reward", self.reward, "leave a completion that could not be scored out of the buffer")
-        )
+        store("reward", _finite("reward", self.reward, "do not store a completion that could not be scored"))
         if not isinstance(self.rewards, Mapping):
             raise TypeError(f"rewards: expected a mapping of part name to number, got {type(self.rewards).__name__}")
         remedy = "leave out the part that could not be scored"
         store("rewards", {str(name): _finite(f"rewards[{name!r}]", x, remedy) for name, x in self.rewards.items()})
-        store("version", operator.index(self.version))
-        if self.version < 0:
-            raise ValueError(f"version: expected an optimizer step count >= 0, got {self.version}")
+        store("version", _version(self.version))
         store("temperature", _finite("temperature", self.temperature, "pass the temperature of the sampler"))
         if self.temperature <= 0:
             raise ValueError(
@@ -114,6 +110,16 @@ def _logps(logps: Any, length: int) -> tuple[float, ...]:
         if x > 0:
             raise ValueError(f"logps: expected log-probabilities <= 0, got {x} at token {i}; pass logs, in nats")
     return values
+
+
+def _version(version: Any) -> int:
+    try:
+        steps = operator.index(version)
+    except TypeError:
+        raise TypeError(f"version: expected an integer, the optimizer step count, got {_shown(version)}") from None
+    if steps < 0:
+        raise ValueError(f"version: expected an optimizer step count >= 0, got {steps}")
+    return steps
 
 
 def _finite(name: str, value: Any, remedy: str) -> float:
