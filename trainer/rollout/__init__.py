@@ -1,0 +1,65 @@
+"""What a rollout engine gives the trainer: completions with the log-probabilities they were sampled under."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One sampled continuation of a prompt."""
+
+    token_ids: tuple[int, ...]
+    """Sampled tokens, the terminating one (newline or end of sequence) included where there was one; no padding."""
+    logps: tuple[float, ...]
+    """Log-probability in nats of each token under the distribution it was drawn from (temperature applied)."""
+    text: str
+    """Decoded tokens up to, and without, the terminator."""
+    finished: bool
+    """Whether a terminator was produced; False where `max_new_tokens` cut the completion."""
+
+
+class RolloutEngine(Protocol):
+    """Anything that samples completions and can be told that the policy's weights have moved on."""
+
+    def generate(
+        self,
+        prompts: list[str],
+        *,
+        num_samples: int,
+        max_new_tokens: int,
+        temperature: float,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        greedy: bool = False,
+        seed: int,
+    ) -> list[list[Completion]]:
+        """`num_samples` completions of each prompt, in the order of the prompts. The same seed gives the same ones."""
+        ...
+
+    def sync(self, version: int) -> None:
+        """Makes the next `generate` sample from the policy of step `version`."""
+        ...
+
+
+def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> list[list[int]]:
+    """Token ids of each prompt, as the engines and the learner both see them.
+
+    Equals [tokenizer(p).input_ids for p in prompts]: a beginning-of-sequence token is there where the tokenizer adds one.
+
+    Raises:
+        ValueError: a prompt has no tokens, so there is no position to predict the first completion token from.
+    """
+    if not prompts:
+        return []
+    encoded = tokenizer(list(prompts)).input_ids
+    for i, ids in enumerate(encoded):
+        if not ids:
+            raise ValueError(f"prompts[{i}]: expected at least one token, got {prompts[i]!r}; start it with some text")
+    return encoded

@@ -1,0 +1,230 @@
+"""Rollouts by transformers' `generate`, inside the training process."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from repo_ops.trainer.rollout import Completion, encode_prompts
+from repo_ops.trainer.rollout.sampler import Sampler, check_sampling
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+class HFGenerate:
+    """Samples completions with the very model that is trained, so there are no weights to send.
+
+    Args:
+        model: a causal language model of transformers; shared, never copied.
+        tokenizer: its tokenizer.
+        stop: single characters. A completion ends with the first token whose text holds one of them, or with an
+            end-of-sequence token of the model or the tokenizer.
+        max_batch_size: most sequences in one batch.
+        autocast_dtype: dtype of autocast while sampling, for example torch.bfloat16. The log-probabilities are then those
+            of the lower-precision model: right as behaviour log-probabilities, but not what the learner computes in
+            float32. None samples in the model's own dtype, whatever autocast surrounds the call.
+        segment: tokens between two looks at which sequences have ended; those leave the batch there.
+    Raises:
+        ValueError: max_batch_size or segment below 1, or a stop string that is not one character.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        stop: Sequence[str] = ("\n",),
+        *,
+        max_batch_size: int = 64,
+        autocast_dtype: torch.dtype | None = None,
+        segment: int = 4,
+    ) -> None:
+        for name, value in (("max_batch_size", max_batch_size), ("segment", segment)):
+            if value < 1:
+                raise ValueError(f"{name}: expected at least 1, got {value}")
+        self.model = model
+        self.tokenizer = tokenizer
+        self.stop = tuple(stop)
+        self.max_batch_size = max_batch_size
+        self.autocast_dtype = autocast_dtype
+        self.segment = segment
+        self.version = 0
+        self._stop_ids = stop_token_ids(model, tokenizer, self.stop)
+
+    def sync(self, version: int) -> None:
+        """Notes the version: the weights are shared, so they are the policy's already."""
+        self.version = version
+
+    def generate(
+        self,
+        prompts: list[str],
+        *,
+        num_samples: int,
+        max_new_tokens: int,
+        temperature: float,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        greedy: bool = False,
+        seed: int,
+    ) -> list[list[Completion]]:
+        """`num_samples` completions of each prompt, in the order of the prompts.
+
+        Each sequence draws from its own row of numbers, made from `seed` before the first token: completions do not
+        depend on the batch size (beyond rounding), and the global random state is neither read nor moved.
+
+        Args:
+            temperature: divides the logits (> 0). The log-probabilities are those of the divided logits.
+            top_k: keep the k most probable tokens; 0 keeps all.
+            top_p: keep the fewest most probable tokens whose probabilities reach p; 1.0 keeps all. With top_k or top_p
+                the log-probabilities are those of the truncated, renormalised distribution.
+            greedy: take the most probable token; its log-probability is still that of the distribution at `temperature`.
+        Raises:
+            ValueError: an argument out of range, or a prompt without tokens.
+        """
+        check_sampling(num_samples, max_new_tokens, temperature, top_k, top_p)
+        encoded = encode_prompts(self.tokenizer, prompts)
+        owners = [i for i in range(len(prompts)) for _ in range(num_samples)]
+        uniforms = torch.rand(
+            len(owners), max_new_tokens, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)
+        )
+        order = sorted(range(len(owners)), key=lambda row: len(encoded[owners[row]]))
+        sampler = Sampler(temperature=temperature, top_k=top_k, top_p=top_p, greedy=greedy)
+        completions: dict[int, Completion] = {}
+        with _sampling_mode(self.model, self.autocast_dtype):
+            for start in range(0, len(order), self.max_batch_size):
+                rows = order[start : start + self.max_batch_size]
+                sampler.begin(uniforms[rows].to(self.model.device))
+                self._generate_batch([encoded[owners[row]] for row in rows], sampler, max_new_tokens)
+                completions.update(zip(rows, self._completions(sampler)))
+        return [[completions[i * num_samples + j] for j in range(num_samples)] for i in range(len(prompts))]
+
+    def _generate_batch(self, prompts: list[list[int]], sampler: Sampler, max_new_tokens: int) -> None:
+        """Leaves the sampled tokens [B, max_new_tokens] and their log-probabilities in the sampler."""
+        from transformers import DynamicCache
+
+        distinct, copies = _distinct(prompts)
+        ids, mask = _left_pad(distinct, self._pad_id, self.model.device)
+        cache = DynamicCache(config=self.model.config)
+        # A prompt is computed once and its keys and values copied to all its samples. Its last token stays behind:
+        # generate needs one to begin with.
+        if ids.shape[1] > 1:
+            positions = (mask.cumsum(1) - 1).clamp_min(0)
+            self.model(
+                input_ids=ids[:, :-1],
+                attention_mask=mask[:, :-1],
+                position_ids=positions[:, :-1],
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+            cache.batch_select_indices(copies.to(ids.device))
+        ids, mask = ids[copies], mask[copies]
+
+        left = max_new_tokens
+        while True:
+            before = ids.shape[1]
+            ids = self.model.generate(
+                ids,
+                attention_mask=mask,
+                past_key_values=cache,
+                logits_processor=[sampler],
+                generation_config=self._generation_config(min(self.segment, left)),
+            )
+            new = ids[:, before:]
+            left -= new.shape[1]
+            live = torch.isin(new, self._stop_ids.to(new.device)).any(1).logical_not().nonzero().squeeze(1)
+            if left == 0 or len(live) == 0:
+                return
+            mask = torch.cat([mask, mask.new_ones(new.shape)], dim=1)
+            if len(live) < len(ids):
+                ids, mask = ids[live], mask[live]
+                cache.batch_select_indices(live)
+                sampler.keep(live)
+
+    def _generation_config(self, max_new_tokens: int) -> Any:
+        from transformers import GenerationConfig
+
+        # do_sample=False: the sampler leaves one finite score in a row, the token that it drew
+        return GenerationConfig(
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            use_cache=True,
+            pad_token_id=self._pad_id,
+            eos_token_id=self._stop_ids.tolist(),
+        )
+
+    @property
+    def _pad_id(self) -> int:
+        # any id serves: the mask hides it in the prompt, and what follows a terminator is cut off
+        return self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else int(self._stop_ids[0])
+
+    def _completions(self, sampler: Sampler) -> list[Completion]:
+        stops = torch.isin(sampler.token_ids, self._stop_ids.to(sampler.token_ids.device))
+        out = []
+        for tokens, logps, is_stop in zip(sampler.token_ids.tolist(), sampler.logps.tolist(), stops.tolist()):
+            finished = True in is_stop
+            length = is_stop.index(True) + 1 if finished else len(tokens)
+            text = self.tokenizer.decode(tokens[:length], skip_special_tokens=True)
+            for character in self.stop:
+                text = text.split(character, 1)[0]
+            out.append(Completion(tuple(tokens[:length]), tuple(logps[:length]), text, finished))
+        return out
+
+
+def stop_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str]) -> Tensor:
+    """Ids [n] of every token that ends a completion: text with a stop character in it, or an end-of-sequence token.
+
+    Raises:
+        ValueError: a stop string is not one character (it could be spread over tokens), or nothing would ever stop.
+    """
+    for string in stop:
+        if len(string) != 1:
+            raise ValueError(f"stop: expected single characters such as '\\n', got {string!r}")
+    texts = tokenizer.batch_decode([[i] for i in range(len(tokenizer))]) if stop else []
+    ids = {i for i, text in enumerate(texts) if any(character in text for character in stop)}
+    for eos in (model.generation_config.eos_token_id, model.config.eos_token_id, tokenizer.eos_token_id):
+        ids.update([eos] if isinstance(eos, int) else eos or [])
+    if not ids:
+        raise ValueError("stop: expected a character or a tokenizer with an end-of-sequence token, got neither")
+    return torch.tensor(sorted(ids))
+
+
+def _distinct(prompts: list[list[int]]) -> tuple[list[list[int]], Tensor]:
+    """The different prompts, and for each prompt its place among them [B]."""
+    places: dict[tuple[int, ...], int] = {}
+    copies = [places.setdefault(tuple(ids), len(places)) for ids in prompts]
+    return [list(ids) for ids in places], torch.tensor(copies)
+
+
+def _left_pad(prompts: list[list[int]], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Ids and attention mask, both [B, longest], prompts flush right."""
+    width = max(len(ids) for ids in prompts)
+    ids = torch.tensor([[pad_id] * (width - len(p)) + p for p in prompts], device=device)
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
+    return ids, mask
+
+
+@contextmanager
+def _sampling_mode(model: PreTrainedModel, autocast_dtype: torch.dtype | None) -> Iterator[None]:
+    """Evaluation mode, no gradients, the wanted precision and no generation defaults of the model; all put back after."""
+    from transformers import GenerationConfig
+
+    training = [module for module in model.modules() if module.training]
+    defaults = model.generation_config
+    model.eval()
+    # a model's own defaults (repetition penalty, top_k ...) would bend the distribution behind the sampler's back
+    model.generation_config = GenerationConfig()
+    device = model.device.type
+    try:
+        with torch.no_grad(), torch.autocast(device, dtype=autocast_dtype, enabled=autocast_dtype is not None):
+            yield
+    finally:
+        # casts cached here carry no graph; inside somebody's autocast region training would meet them again
+        torch.clear_autocast_cache()
+        model.generation_config = defaults
+        for module in training:
+            module.training = True

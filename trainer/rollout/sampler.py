@@ -1,0 +1,91 @@
+"""Draws the next token of every sequence and notes its log-probability, inside transformers' `generate`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers import LogitsProcessor
+
+
+def check_sampling(num_samples: int, max_new_tokens: int, temperature: float, top_k: int, top_p: float) -> None:
+    """Raises ValueError where a sampling setting is out of range."""
+    if num_samples < 1:
+        raise ValueError(f"num_samples: expected at least 1, got {num_samples}")
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens: expected at least 1, got {max_new_tokens}")
+    if not 0 < temperature < float("inf"):
+        raise ValueError(f"temperature: expected a finite number > 0, got {temperature}; for argmax pass greedy=True")
+    if top_k < 0:
+        raise ValueError(f"top_k: expected 0 (all tokens) or more, got {top_k}")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p: expected in (0, 1], got {top_p}; 1.0 keeps all tokens")
+
+
+class Sampler(LogitsProcessor):
+    """Token and log-probability of every sequence at every step, drawn from numbers that are given beforehand.
+
+    `generate` is run without sampling: the scores handed back hold one finite entry a row, the token drawn here. So the
+    log-probability is at hand at once, and nothing of size [B, V] outlives the step.
+    """
+
+    def __init__(self, *, temperature: float, top_k: int = 0, top_p: float = 1.0, greedy: bool = False) -> None:
+        self.temperature = temperature
+        self.top_k = top_k
+        self.top_p = top_p
+        self.greedy = greedy
+
+    def begin(self, uniforms: Tensor) -> None:
+        """Starts a batch. uniforms: [B, steps] float64 in [0, 1)."""
+        self.uniforms = uniforms
+        self.token_ids = torch.zeros(uniforms.shape, dtype=torch.long, device=uniforms.device)
+        self.logps = torch.zeros(uniforms.shape, dtype=torch.float32, device=uniforms.device)
+        self.rows = torch.arange(len(uniforms), device=uniforms.device)
+        self.step = 0
+
+    def keep(self, live: Tensor) -> None:
+        """Goes on with these of the present sequences only. live: [n] positions among them."""
+        self.rows = self.rows[live]
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        logps = torch.log_softmax(scores.float() / self.temperature, dim=-1)
+        if self.top_k or self.top_p < 1.0:
+            logps = truncated(logps, self.top_k, self.top_p)
+        if self.greedy:
+            chosen = logps.argmax(-1)
+        else:
+            chosen = inverse_cdf(logps, self.uniforms[self.rows, self.step])
+        self.token_ids[self.rows, self.step] = chosen
+        self.logps[self.rows, self.step] = logps.gather(1, chosen[:, None]).squeeze(1)
+        self.step += 1
+        return torch.full_like(scores, -torch.inf).scatter_(1, chosen[:, None], 0.0)
+
+
+def inverse_cdf(logps: Tensor, uniforms: Tensor) -> Tensor:
+    """The token [B] at which the running sum of probabilities first exceeds the number drawn.
+
+    Args:
+        logps: [B, V] float32; -inf for tokens that must not be drawn.
+        uniforms: [B] float64 in [0, 1).
+    """
+    # float64: over 49152 terms a float32 sum is off by more than the probability of a rare token
+    cdf = logps.double().exp_().cumsum_(-1)
+    total = cdf[:, -1:]
+    # rounding may lift u * total to total itself, which no token exceeds
+    threshold = torch.minimum(uniforms[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
+    return torch.searchsorted(cdf, threshold, right=True).squeeze(1)
+
+
+def truncated(logps: Tensor, top_k: int, top_p: float) -> Tensor:
+    """Log-probabilities [B, V] of the kept tokens, renormalised; -inf elsewhere. top_k comes first, then top_p.
+
+    Among equal probabilities at the edge of top_k or top_p the lower ids are kept.
+    """
+    ordered, ids = logps.sort(dim=-1, descending=True, stable=True)
+    if top_k:
+        ordered[:, top_k:] = -torch.inf
+        ordered = torch.log_softmax(ordered, dim=-1)
+    if top_p < 1.0:
+        mass_before = ordered.double().exp().cumsum(-1) - ordered.double().exp()
+        ordered = ordered.masked_fill(mass_before >= top_p, -torch.inf)
+    ordered = torch.log_softmax(ordered, dim=-1)
+    return torch.empty_like(logps).scatter_(1, ids, ordered)

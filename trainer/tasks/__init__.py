@@ -1,0 +1,154 @@
+"""Tasks with known answers, split so that no held-out problem has a twin in training."""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from repo_ops.trainer.rewards import RewardFunction, exact_match
+from repo_ops.trainer.tasks.arithmetic import ARITHMETIC_TASKS
+from repo_ops.trainer.tasks.problem import Problem
+from repo_ops.trainer.tasks.symbols import SYMBOL_TASKS
+
+__all__ = ["Example", "Problem", "Task", "load_task", "task_names"]
+
+
+@dataclass(frozen=True)
+class Example:
+    """One prompt and what its reward needs."""
+
+    key: str
+    """Names the problem; twins (6 * 7 and 7 * 6) share it."""
+    prompt: str
+    """Raw text; the completion goes on from its last character."""
+    columns: dict[str, Any]
+    """What the reward functions read beside prompt and completion: `answer`."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """Prompts to train on, prompts held out, and how to sample and score them."""
+
+    name: str
+    train: list[Example]
+    heldout: list[Example]
+    stop: tuple[str, ...]
+    """Characters that end a completion."""
+    max_new_tokens: int
+    """Tokens that an answer may take."""
+    reward: RewardFunction
+    """The reward that suits the task; a run may use others."""
+
+
+@dataclass(frozen=True)
+class TaskSource:
+    """How a task is made: one row of the table below."""
+
+    problems: Callable[..., Iterator[Problem]]
+    """problems(seed, **options) -> endless problems, repeats among them."""
+    shots: int
+    """Solved examples before the question."""
+    max_new_tokens: int
+    """Tokens that an answer may take."""
+    balanced: bool = False
+    """Spread the problems evenly over the answers, where one answer would otherwise win by itself."""
+
+
+# A new task is one generator of problems and one row here.
+SOURCES: dict[str, TaskSource] = {
+    **{name: TaskSource(problems, shots=0, max_new_tokens=8) for name, problems in SYMBOL_TASKS.items()},
+    **{
+        name: TaskSource(problems, shots=2, max_new_tokens=8, balanced=balanced)
+        for name, (problems, balanced) in ARITHMETIC_TASKS.items()
+    },
+}
+
+
+def task_names() -> list[str]:
+    """Every name that `load_task` knows, in alphabetical order."""
+    return sorted(SOURCES)
+
+
+def load_task(name: str, *, train_size: int, heldout_size: int, seed: int = 0, **options: Any) -> Task:
+    """The task `name` with so many different problems to train on and so many held out.
+
+    Solved examples in a prompt are never held-out problems, nor twins of the question. Equal arguments give equal tasks.
+
+    Args:
+        name: one of `task_names()`.
+        train_size: problems to train on (>= 1).
+        heldout_size: problems kept for evaluation (>= 0).
+        seed: picks and splits the problems.
+        options: of the task, for example `digits=2` for products; the generators in this folder list them.
+    Raises:
+        ValueError: unknown name or option, or more problems asked for than the task has.
+    """
+    if name not in SOURCES:
+        raise ValueError(f"task: expected one of {', '.join(task_names())}, got {name!r}")
+    if train_size < 1 or heldout_size < 0:
+        raise ValueError(
+            f"train_size, heldout_size: expected at least 1 and at least 0, got {train_size} and {heldout_size}"
+        )
+    source = SOURCES[name]
+    _check_options(name, source, options)
+    rng = random.Random(f"{name} {seed}")
+    asked = train_size + heldout_size
+    # shots come from the problems that are not held out, the asked one excepted
+    needed = max(asked, heldout_size + source.shots + 1)
+    pool = _different_problems(source.problems(seed, **options), 20 * needed if source.balanced else needed)
+    if len(pool) < needed:
+        raise ValueError(
+            f"train_size, heldout_size: expected at most {len(pool)} problems of task {name!r} in all, got {train_size} + "
+            f"{heldout_size} (and {source.shots} for solved examples); ask for fewer or widen the task's options"
+        )
+    rng.shuffle(pool)
+    if source.balanced:
+        pool = _one_answer_after_the_other(pool)[:needed]
+        rng.shuffle(pool)
+    heldout, train, spare = pool[:heldout_size], pool[heldout_size:asked], pool[asked:]
+    return Task(
+        name=name,
+        train=[_example(p, train + spare, source.shots, rng) for p in train],
+        heldout=[_example(p, train + spare, source.shots, rng) for p in heldout],
+        stop=("\n",),
+        max_new_tokens=source.max_new_tokens,
+        reward=exact_match,
+    )
+
+
+def _check_options(name: str, source: TaskSource, options: dict[str, Any]) -> None:
+    known = [p for p in inspect.signature(source.problems).parameters if p != "seed"]
+    for option in options:
+        if option not in known:
+            raise ValueError(f"{option}: expected an option of task {name!r} ({', '.join(known)}), got {option!r}")
+
+
+def _different_problems(stream: Iterator[Problem], wanted: int) -> list[Problem]:
+    """Up to `wanted` problems with different keys; fewer when the stream has run out of new ones."""
+    found: dict[str, Problem] = {}
+    dry = 0
+    # a problem as rare as one in 4 * len(found) is missed with a chance below 1e-4
+    while len(found) < wanted and dry < 40 * len(found) + 200:
+        problem = next(stream)
+        dry = dry + 1 if problem.key in found else 0
+        found.setdefault(problem.key, problem)
+    return list(found.values())
+
+
+def _one_answer_after_the_other(problems: list[Problem]) -> list[Problem]:
+    """The same problems, every answer once, then every answer twice ...: any first part is as balanced as can be."""
+    by_answer: dict[str, list[Problem]] = {}
+    for problem in problems:
+        by_answer.setdefault(problem.answer, []).append(problem)
+    rounds = itertools.zip_longest(*by_answer.values())
+    return [problem for round_ in rounds for problem in round_ if problem is not None]
+
+
+def _example(problem: Problem, solved: list[Problem], shots: int, rng: random.Random) -> Example:
+    others = [p for p in solved if p.key != problem.key]
+    lines = [f"{p.question} {p.answer}\n" for p in rng.sample(others, shots)]
+    return Example(problem.key, "".join(lines) + problem.question, {"answer": problem.answer})
