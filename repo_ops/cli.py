@@ -1,0 +1,65 @@
+"""The console script `repo-ops`. Each subcommand imports what it needs when it runs, so that --help is quick."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+__all__ = ["COMMANDS", "main"]
+
+
+def train(arguments: Sequence[str]) -> None:
+    """Train a language model; `repo-ops train --help` lists the settings."""
+    from repo_ops.trainer.config import parse_config
+
+    config = parse_config(arguments)
+    from repo_ops.trainer.log import show_run
+    from repo_ops.trainer.loop import train
+    from repo_ops.trainer.run import prepare
+
+    try:
+        run = prepare(config)
+    except (ValueError, ImportError) as error:
+        _refuse("train", str(error))  # a mistake in the settings; anything that goes wrong later keeps its traceback
+    show_run(train(run, name=config.objective), folder=run.folder)
+
+
+def demo(arguments: Sequence[str]) -> None:
+    """Train SmolLM2-135M on products with GRPO and with RePO, and compare them."""
+    from repo_ops.trainer.demo import parse_demo, run_demo
+
+    settings = parse_demo(arguments)
+    try:
+        run_demo(settings)
+    except ImportError as error:
+        _refuse("demo", str(error))
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {"train": train, "demo": demo}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run one subcommand. A mistake in the settings exits with status 2 and one sentence on standard error."""
+    name, *rest = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    if name in ("-h", "--help"):
+        print(_help())
+    elif name in COMMANDS:
+        try:
+            COMMANDS[name](rest)
+        except ModuleNotFoundError as error:
+            if (error.name or "repo_ops").split(".")[0] == "repo_ops":
+                raise
+            _refuse(name, f"needs the package {error.name}; pip install 'repo-ops[train]'")
+    else:
+        _refuse("", f"expected a command of {', '.join(COMMANDS)}, got {name!r}")
+
+
+def _refuse(command: str, message: str) -> NoReturn:
+    print(f"{f'repo-ops {command}'.strip()}: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def _help() -> str:
+    lines = [f"  {name:<8} {(command.__doc__ or '').splitlines()[0]}" for name, command in COMMANDS.items()]
+    return "\n".join(["usage: repo-ops COMMAND [--help] [--KEY VALUE ...]", "", *lines])

@@ -1,0 +1,99 @@
+"""How many rows a tile of logits holds, from a memory budget."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from repo_ops.head.gemm import SLICE_BYTES
+from repo_ops.head.inputs import HeadInputs
+from repo_ops.head.torch_rows import BLOCK_BYTES
+from repo_ops.options import MIB, Options
+
+CPU_BUDGET = 128 * MIB
+GPU_ROWS = 2048
+"""Below about 1100 rows a tile, accumulating a float32 weight gradient is bound by memory bandwidth on an H100."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Rows of a tile, its dtype and the row backend."""
+
+    rows: int
+    tile_dtype: torch.dtype
+    gradient_dtype: torch.dtype
+    """Dtype of dlogits as operands of the gradient GEMMs: the inputs' own on a GPU, the tile's on a CPU."""
+    backend: str
+
+    def new_tile(self, head: HeadInputs) -> Tensor:
+        """[rows, V] uninitialised; one is reused by all chunks of a sweep."""
+        return head.hidden.new_empty((min(self.rows, head.num_rows), len(head.weight)), dtype=self.tile_dtype)
+
+    def chunks(self, num_rows: int) -> Iterator[slice]:
+        """Slices of at most `rows` rows, of equal size but for one row."""
+        count = -(-num_rows // self.rows)
+        for i in range(count):
+            yield slice(i * num_rows // count, (i + 1) * num_rows // count)
+
+    def sequence_chunks(self, lengths: list[int]) -> list[tuple[slice, slice]] | None:
+        """(rows, sequences) of chunks that hold whole sequences; None where one sequence is longer than a tile."""
+        if max(lengths, default=0) > self.rows:
+            return None
+        chunks, row, first = [], 0, 0
+        end = 0
+        for i, length in enumerate(lengths):
+            if end + length - row > self.rows:
+                chunks.append((slice(row, end), slice(first, i)))
+                row, first = end, i
+            end += length
+        if end > row:
+            chunks.append((slice(row, end), slice(first, len(lengths))))
+        return chunks
+
+
+def make_plan(head: HeadInputs, options: Options) -> Plan:
+    """The plan for `head` within options.memory_budget.
+
+    Raises:
+        ValueError: the budget does not hold a single row, or the backend cannot run on these tensors.
+    """
+    hidden, weight = head.hidden, head.weight
+    tile_dtype = options.logits_dtype or head.exact_dtype
+    row_bytes = len(weight) * tile_dtype.itemsize
+    # beside its logits a row holds its gathered hidden state, a scaled copy of it and its gradient
+    row_bytes += 3 * weight.shape[1] * head.exact_dtype.itemsize
+    budget, fixed = options.memory_budget, 0
+    if hidden.device.type == "cpu":
+        budget = CPU_BUDGET if budget is None else budget
+        fixed = BLOCK_BYTES * (2 if row_bytes < BLOCK_BYTES else 0)
+        fixed += SLICE_BYTES if weight.dtype != tile_dtype else 0
+    rows = GPU_ROWS if budget is None else (budget - fixed) // row_bytes
+    if rows < 1:
+        raise ValueError(
+            f"options.memory_budget: expected at least {fixed + row_bytes} bytes, which one row of logits over "
+            f"{len(weight)} entries needs, got {budget}"
+        )
+    gradient_dtype = tile_dtype
+    if hidden.device.type != "cpu":
+        gradient_dtype = torch.promote_types(hidden.dtype, weight.dtype)
+    return Plan(rows, tile_dtype, gradient_dtype, choose_backend(hidden, options))
+
+
+def choose_backend(hidden: Tensor, options: Options) -> str:
+    """ "triton" or "torch": what runs the row arithmetic.
+
+    Raises:
+        ValueError: "triton" was asked for and cannot run here.
+    """
+    from repo_ops.head import triton_rows
+
+    if options.backend == "auto":
+        return "triton" if hidden.is_cuda and triton_rows.available() else "torch"
+    if options.backend == "triton":
+        reason = triton_rows.why_not(hidden)
+        if reason:
+            raise ValueError(f"options.backend: 'triton' cannot run here: {reason}; use 'torch' or 'auto'")
+    return options.backend

@@ -1,0 +1,56 @@
+"""Row arithmetic by the Triton kernels of repo_ops.kernels.logit_rows, with the interface of torch_rows."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+
+import torch
+from torch import Tensor
+
+from repo_ops.head.inputs import RowGrads, RowStats, Scaling
+
+
+def available() -> bool:
+    """Whether Triton can be imported."""
+    return importlib.util.find_spec("triton") is not None
+
+
+def interpreted() -> bool:
+    """Whether Triton kernels run in its interpreter, on CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def why_not(tensor: Tensor) -> str:
+    """Why kernels cannot run on `tensor`; empty if they can."""
+    if not available():
+        return "the package triton is not installed"
+    if tensor.device.type == "cpu" and not interpreted():
+        return "tensors are on a CPU and TRITON_INTERPRET=1 was not set before the start"
+    if tensor.dtype == torch.float64:
+        return "the kernels compute in float32 and the inputs are float64"
+    return ""
+
+
+def stats_(tile: Tensor, targets: Tensor, scaling: Scaling, with_entropy: bool) -> RowStats:
+    """Statistics of each row of `tile` [C, V], which is only read."""
+    from repo_ops.kernels import logit_rows
+
+    found = logit_rows.row_stats(tile, targets, **scaling._asdict(), with_entropy=with_entropy)
+    return RowStats(found.logps, found.row_max, found.log_sum, found.entropy)
+
+
+def grads_(
+    tile: Tensor,
+    targets: Tensor,
+    stats: RowStats,
+    dlogps: Tensor,
+    dentropy: Tensor | None,
+    scaling: Scaling,
+    out_dtype: torch.dtype,
+) -> RowGrads:
+    """Gradient of sum(dlogps * logps + dentropy * entropy) for a tile of logits, in place of the tile's memory."""
+    from repo_ops.kernels import logit_rows
+
+    dlogits = logit_rows.row_grads_(tile, targets, stats, dlogps, dentropy, **scaling._asdict(), out_dtype=out_dtype)
+    return RowGrads(dlogits, None)

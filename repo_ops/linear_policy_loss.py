@@ -1,0 +1,186 @@
+"""Policy losses straight from hidden states: the gradient is formed while a tile of logits still exists."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from repo_ops import arguments
+from repo_ops.arguments import Layout
+from repo_ops.head import sweep
+from repo_ops.head.inputs import HeadInputs, RowStats
+from repo_ops.head.plan import Plan, make_plan
+from repo_ops.loss_inputs import LossInputs, ObjectiveLike, PolicyLoss, loss_inputs
+from repo_ops.metrics import Stat
+from repo_ops.objectives import as_objective
+from repo_ops.options import Options
+from repo_ops.reduce import NumItemsLike
+from repo_ops.step_loss import coefficients, loss_metrics
+
+
+def linear_policy_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    advantages: Tensor,
+    *,
+    objective: ObjectiveLike = "grpo",
+    mask: Tensor | None = None,
+    old_logps: Tensor | None = None,
+    ref_logps: Tensor | None = None,
+    sampler_logps: Tensor | None = None,
+    off_policy: Tensor | None = None,
+    off_policy_coef: float = 1.0,
+    num_items: NumItemsLike | None = None,
+    cu_seqlens: Tensor | None = None,
+    bias: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    options: Options | None = None,
+) -> PolicyLoss:
+    """The loss of `objective` over a language-model head, with gradients formed inside the forward.
+
+    Equals policy_loss(linear_logps(hidden, weight, targets, ...).logps, advantages, ...) and its gradients. Costs 3
+    passes of N V D multiply-adds over live rows (2 with a frozen weight) for objectives of scope "token", and of scope
+    "sequence" while sequences fit in a tile; 4 otherwise; 1 where no gradient is wanted. Rows that carry no gradient
+    (masked; zero advantage without KL or entropy term) are not computed; denominators still count them.
+
+    Args:
+        hidden: [B, T, D], or packed [N, D] with `cu_seqlens`, floating. Position i predicts targets[i]: shift before.
+        weight: [V, D], the head. targets: [B, T] or [N] int64 token ids.
+        advantages: [B], one per sequence, or in the shape of targets. Constants.
+        objective: a name (see objective_names), an Objective (get_objective, or your own), or a function of Tokens.
+        mask: 1 for tokens that count, in the shape of targets.
+        old_logps: log-probabilities at the start of the step, or those stored with replayed rows. None: on-policy, the
+            ratio is 1 with the gradient of the current policy.
+        ref_logps: log-probabilities of the frozen reference (objective with beta > 0). sampler_logps: of the engine.
+        off_policy: [B] bool, True for replayed rows: the loss is J_on + off_policy_coef * J_off.
+        num_items: what the whole step is divided by, when this call is one of several (micro-batches, ranks): a number
+            (tokens for token-mean reductions, else sequences), a pair (on_policy, off_policy), or NumItems. The losses
+            of the step's calls then add up to the step's loss. Where ranks average gradients, multiply by their number.
+        cu_seqlens: [B + 1] boundaries of packed sequences.
+        bias, temperature, softcap, logit_scale, options: as in `linear_logps`.
+    Returns:
+        PolicyLoss(loss, logps, entropy, metrics). Call backward on `loss` once; logps and entropy are detached.
+    Raises:
+        TypeError, ValueError: shapes, dtypes or values disagree, or something the objective reads is missing.
+    Source: arXiv 2506.09340 for J_on + c J_off.
+    """
+    options = options or Options()
+    chosen = as_objective(objective)
+    where = arguments.layout(targets, mask, cu_seqlens)
+    inputs = loss_inputs(
+        chosen,
+        where,
+        advantages,
+        old_logps=old_logps,
+        ref_logps=ref_logps,
+        sampler_logps=sampler_logps,
+        off_policy=off_policy,
+        off_policy_coef=off_policy_coef,
+        num_items=num_items,
+        drop_zero_advantage=not options.all_logps,
+    )
+    head = arguments.head_inputs(
+        hidden,
+        weight,
+        targets,
+        inputs.where,
+        bias=bias,
+        temperature=temperature,
+        softcap=softcap,
+        logit_scale=logit_scale,
+    )
+    call = _Call(head, inputs, make_plan(head, options), bool(chosen.entropy_coef) or "entropy" in chosen.requires)
+    loss, logps, entropy = _LinearPolicyLoss.apply(head.hidden, weight, bias, call, torch.is_grad_enabled())
+    tokens = inputs.tokens(logps, entropy, slice(None), inputs.lengths)
+    metrics = loss_metrics(chosen, tokens)
+    metrics["live"] = Stat(*(logps.new_tensor(float(n)) for n in (inputs.where.num_live, where.num_live)))
+    placed = _placed(logps, inputs.where, where)
+    assert placed is not None
+    return PolicyLoss(loss, placed, _placed(entropy, inputs.where, where), metrics)
+
+
+@dataclass(frozen=True, eq=False)
+class _Call:
+    head: HeadInputs
+    inputs: LossInputs
+    plan: Plan
+    with_entropy: bool
+
+
+class _LinearPolicyLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, call: _Call, grad_enabled: bool
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        needs = [grad_enabled and need for need in ctx.needs_input_grad[:3]]
+        grads = sweep.Gradients(call.head, *needs)
+        loss, stats = _sweep(call, grads)
+        ctx.grads = grads.finish()
+        ctx.mark_non_differentiable(stats.logps, *([] if stats.entropy is None else [stats.entropy]))
+        return loss, stats.logps, stats.entropy
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dloss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.grads is None:
+            raise RuntimeError(
+                "linear_policy_loss: backward was called a second time; its gradients were formed in the forward and "
+                "handed over by the first one, so call linear_policy_loss again"
+            )
+        grads, ctx.grads = ctx.grads, None
+        is_one = dloss.device.type == "cpu" and dloss.item() == 1.0  # elsewhere reading it would wait for the device
+        scaled = [g if g is None or is_one else g.mul_(dloss.to(g.dtype)) for g in grads]
+        return (*scaled, None, None)
+
+
+def _sweep(call: _Call, grads: sweep.Gradients) -> tuple[Tensor, RowStats]:
+    """The loss and the statistics of live rows; gradients go to `grads`, in as few passes as the scope allows."""
+    head, inputs, plan = call.head, call.inputs, call.plan
+    chunks = _chunks(call) if grads.wanted else None
+    if chunks is None:
+        stats = sweep.statistics(head, plan, with_entropy=call.with_entropy)
+        tokens = inputs.tokens(stats.logps, stats.entropy, slice(None), inputs.lengths)
+        found = coefficients(inputs.objective, tokens, inputs.weights)
+        if grads.wanted:
+            sweep.gradients(head, plan, stats, found.dlogps, found.dentropy, grads)
+        return found.loss, stats
+    losses = [head.hidden.new_zeros((), dtype=head.exact_dtype)]
+
+    def rule(rows: slice, stats: RowStats) -> tuple[Tensor, Tensor | None]:
+        tokens = inputs.tokens(stats.logps, stats.entropy, rows, chunks[rows.start, rows.stop])
+        found = coefficients(inputs.objective, tokens, inputs.weights.slice(rows))
+        losses.append(found.loss)
+        return found.dlogps, found.dentropy
+
+    spans = [slice(*span) for span in chunks]
+    stats = sweep.one_sweep(head, plan, spans, rule, grads, with_entropy=call.with_entropy)
+    return torch.stack(losses).sum(), stats
+
+
+def _chunks(call: _Call) -> dict[tuple[int, int], Tensor | None] | None:
+    """(first row, end) -> lengths of the whole sequences in a chunk that its objective can judge by itself (None: of
+    scope "token", sequences may be cut); None where there are no such chunks and coefficients need a sweep of their own."""
+    scope, lengths, plan, num_rows = call.inputs.objective.scope, call.inputs.lengths, call.plan, call.head.num_rows
+    if scope == "token":
+        return {(chunk.start, chunk.stop): None for chunk in plan.chunks(num_rows)}
+    if num_rows <= plan.rows:
+        return {(0, num_rows): lengths} if num_rows else {}
+    if scope == "batch":
+        return None
+    chunks = plan.sequence_chunks(lengths.tolist())
+    return None if chunks is None else {(r.start, r.stop): lengths[sequences] for r, sequences in chunks}
+
+
+def _placed(values: Tensor | None, live: Layout, where: Layout) -> Tensor | None:
+    """`values` of the live tokens in the shape of targets: 0 where masked, NaN where left out by their advantage."""
+    if values is None or live is where:
+        return None if values is None else where.put(values)
+    assert live.rows is not None
+    placed = where.put(values.new_full((where.num_live,), float("nan")))
+    return placed.reshape(-1).index_copy(0, live.rows, values).reshape(where.shape)

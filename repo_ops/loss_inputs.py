@@ -1,0 +1,199 @@
+"""What `policy_loss` and `linear_policy_loss` have in common: the per-token arguments of an objective, checked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from repo_ops import arguments
+from repo_ops.arguments import Layout
+from repo_ops.metrics import Metrics
+from repo_ops.objectives import Objective
+from repo_ops.reduce import NumItemsLike
+from repo_ops.step_loss import SequenceWeights, TokenWeights
+from repo_ops.tokens import Tokens
+
+ObjectiveLike = str | Objective | Callable[[Tokens], Tensor]
+
+
+class PolicyLoss(NamedTuple):
+    """A policy loss with what was seen on the way."""
+
+    loss: Tensor
+    """0-d float32 with a graph: this call's share of the step's loss."""
+    logps: Tensor
+    """Detached log-probabilities in the shape of targets; 0 where mask is 0, NaN where they were not computed."""
+    entropy: Tensor | None
+    """Detached entropies likewise; None unless the objective reads them."""
+    metrics: Metrics
+    """name -> Stat(total, count), detached sums; see repo_ops.metrics.summarize."""
+
+
+@dataclass(frozen=True, eq=False)
+class LossInputs:
+    """The live tokens of a call, everything but their current log-probabilities."""
+
+    objective: Objective
+    where: Layout
+    weights: TokenWeights
+    advantages: Tensor
+    lengths: Tensor
+    """[B] live tokens of each sequence, those known to be zero left out."""
+    old_logps: Tensor | None
+    ref_logps: Tensor | None
+    sampler_logps: Tensor | None
+    off_policy: Tensor | None
+
+    def tokens(self, logps: Tensor, entropy: Tensor | None, rows: slice, lengths: Tensor | None) -> Tokens:
+        """Some live tokens with their log-probabilities; `lengths` of the whole sequences among them, or None."""
+
+        def take(values: Tensor | None) -> Tensor | None:
+            return None if values is None else values[rows]
+
+        return Tokens(
+            logps=logps,
+            old_logps=logps.detach() if self.old_logps is None else self.old_logps[rows],
+            advantages=self.advantages[rows],
+            lengths=lengths,
+            ref_logps=take(self.ref_logps),
+            sampler_logps=take(self.sampler_logps),
+            entropy=entropy,
+            off_policy=take(self.off_policy),
+        )
+
+
+def loss_inputs(
+    objective: Objective,
+    where: Layout,
+    advantages: Tensor,
+    *,
+    old_logps: Tensor | None,
+    ref_logps: Tensor | None,
+    sampler_logps: Tensor | None,
+    off_policy: Tensor | None,
+    off_policy_coef: float,
+    num_items: NumItemsLike | None,
+    drop_zero_advantage: bool,
+) -> LossInputs:
+    """The checked inputs, live tokens only.
+
+    Raises:
+        TypeError, ValueError: a shape, dtype or value is off, or an argument that the objective needs is missing.
+    """
+    where, num_sequences, owner, lengths = _with_sequences(where)
+    device = owner.device
+    per_token = _advantages(advantages, where, num_sequences, owner)
+    if off_policy is not None:
+        arguments.check_shape("off_policy", off_policy, (num_sequences,), "the sequences (True = replayed row)")
+        if off_policy.dtype != torch.bool:
+            raise TypeError(f"off_policy: expected bool, True for replayed rows, got {off_policy.dtype}")
+        off_policy = off_policy.to(device)
+        if old_logps is None:
+            raise ValueError(
+                "old_logps: expected the log-probabilities stored when replayed rows were sampled, got None; "
+                "without them their ratio would silently be 1"
+            )
+    if not 0 <= off_policy_coef < float("inf"):
+        raise ValueError(f"off_policy_coef: expected a finite number >= 0, got {off_policy_coef}")
+    given = {"old_logps": old_logps, "ref_logps": ref_logps, "sampler_logps": sampler_logps}
+    needed = {*objective.requires, *(["ref_logps"] if objective.beta else [])} & set(given)
+    live: dict[str, Tensor | None] = {}
+    for name, values in given.items():
+        if values is None and name in needed:
+            raise ValueError(f"{name}: expected a tensor, which this objective reads, got None")
+        live[name] = None if values is None else _live_logps(name, values, where)
+    sequence_weights = SequenceWeights.of(
+        objective, lengths, off_policy=off_policy, off_policy_coef=off_policy_coef, num_items=num_items
+    )
+    found = LossInputs(
+        objective,
+        where,
+        sequence_weights.spread(owner),
+        per_token,
+        lengths,
+        **live,
+        off_policy=None if off_policy is None else off_policy[owner],
+    )
+    zero_is_known = objective.zero_at_zero_advantage and not objective.beta and not objective.entropy_coef
+    # a sequence or a batch must be seen whole
+    return _without_zero_advantage(found) if drop_zero_advantage and zero_is_known else found
+
+
+def _with_sequences(where: Layout) -> tuple[Layout, int, Tensor, Tensor]:
+    if where.num_sequences is None or where.owner is None or where.lengths is None:
+        raise ValueError(
+            "cu_seqlens: expected the boundaries [B + 1] of the packed sequences, got None; an objective averages per "
+            "sequence, so packed [N] inputs need them (padded [B, T] inputs do not)"
+        )
+    return where, where.num_sequences, where.owner, where.lengths
+
+
+def _advantages(advantages: Tensor, where: Layout, num_sequences: int, owner: Tensor) -> Tensor:
+    if not isinstance(advantages, Tensor):
+        raise TypeError(f"advantages: expected a tensor [B] or per token, got {type(advantages).__name__}")
+    arguments.check_float("advantages", advantages)
+    if advantages.requires_grad:
+        raise ValueError("advantages: expected constants, got a tensor that requires grad; detach it")
+    advantages = advantages.to(owner.device)
+    if tuple(advantages.shape) == (num_sequences,) and (len(where.shape) == 2 or where.shape != (num_sequences,)):
+        per_token = advantages[owner]
+    elif tuple(advantages.shape) == where.shape:
+        per_token = where.take(advantages)
+    else:
+        raise ValueError(
+            f"advantages: expected shape [{num_sequences}], one per sequence, or {list(where.shape)}, one per token, "
+            f"got {list(advantages.shape)}"
+        )
+    arguments.check_values(
+        "advantages",
+        per_token.isfinite().all(),
+        "finite numbers where mask is 1",
+        "a NaN usually comes from a group without reward or the standard deviation of one sample",
+    )
+    return per_token.to(torch.promote_types(per_token.dtype, torch.float32))
+
+
+def _live_logps(name: str, values: Tensor, where: Layout) -> Tensor:
+    arguments.check_shape(name, values, where.shape, "targets", "drop the log-probability of the first prompt token")
+    arguments.check_float(name, values)
+    live = where.take(values.detach())
+    arguments.check_values(name, ~live.isnan().any(), "numbers where mask is 1, got NaN", "mask those tokens")
+    return live.to(torch.promote_types(live.dtype, torch.float32))
+
+
+def _without_zero_advantage(inputs: LossInputs) -> LossInputs:
+    """The inputs without tokens whose loss and gradient are zero by their advantage. Weights stay what they were.
+
+    Token scope drops tokens; wider scopes drop sequences whose advantages are all zero.
+    """
+    alive = inputs.advantages != 0
+    owner = inputs.where.owner
+    assert owner is not None
+    if inputs.objective.scope == "batch":
+        return inputs
+    if inputs.objective.scope == "sequence":
+        count = torch.zeros(len(inputs.lengths), dtype=torch.int64, device=owner.device).index_add(
+            0, owner, alive.long()
+        )
+        alive = (count > 0)[owner]
+    where = inputs.where.keep(alive)
+    assert where.owner is not None
+
+    def take(values: Tensor | None) -> Tensor | None:
+        return None if values is None else values[alive]
+
+    return LossInputs(
+        inputs.objective,
+        where,
+        TokenWeights(*(w[alive] for w in inputs.weights)),
+        inputs.advantages[alive],
+        torch.bincount(where.owner, minlength=len(inputs.lengths)),
+        take(inputs.old_logps),
+        take(inputs.ref_logps),
+        take(inputs.sampler_logps),
+        take(inputs.off_policy),
+    )

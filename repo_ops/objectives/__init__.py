@@ -1,0 +1,77 @@
+"""Objectives by name. A file of this folder is an objective; `recipes.py` names variations.
+
+Adding one is adding a file: there is no registry.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import importlib
+import pkgutil
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from repo_ops.objectives.base import SCOPES, Objective
+from repo_ops.objectives.recipes import RECIPES
+from repo_ops.tokens import Tokens
+
+_NOT_OBJECTIVES = {"base", "recipes"}
+
+
+def objective_names() -> list[str]:
+    """Names that `get_objective` knows, sorted."""
+    files = {module.name for module in pkgutil.iter_modules(__path__)} - _NOT_OBJECTIVES
+    return sorted(files | set(RECIPES))
+
+
+def get_objective(name: str, **hyper: Any) -> Objective:
+    """The objective called `name` with its hyper-parameters changed to `hyper`.
+
+    Raises:
+        ValueError: unknown name or hyper-parameter (with the nearest known one), or a value out of range.
+    """
+    if name not in objective_names():
+        raise ValueError(f"objective: expected one of {', '.join(objective_names())}, got {name!r}{_nearest(name)}")
+    module, preset = RECIPES.get(name, (name, {}))
+    cls = importlib.import_module(f"{__name__}.{module}").Objective
+    fields = [field.name for field in dataclasses.fields(cls)]
+    for key in hyper:
+        if key not in fields:
+            raise ValueError(f"{key}: objective {name!r} has {', '.join(sorted(fields))}{_nearest(key, fields)}")
+    return cls(**{**preset, **hyper})
+
+
+def as_objective(objective: str | Objective | Callable[[Tokens], Tensor]) -> Objective:
+    """An `Objective` from a name, an object, or a plain function of Tokens.
+
+    A function is taken to need the whole micro-batch (two sweeps over the vocabulary) unless its attribute `scope` says
+    "token" or "sequence"; its tokens are averaged by "token-mean".
+    """
+    if isinstance(objective, Objective):
+        return objective
+    if isinstance(objective, str):
+        return get_objective(objective)
+    if isinstance(objective, type) or not callable(objective):
+        raise TypeError(
+            f"objective: expected a name, an Objective or a function of Tokens, got {objective!r}; "
+            "make an instance of a class first"
+        )
+    scope = getattr(objective, "scope", "batch")
+    if scope not in SCOPES:
+        raise ValueError(f"objective.scope: expected one of {', '.join(SCOPES)}, got {scope!r}")
+    function = objective
+
+    class FunctionObjective(Objective):
+        def __call__(self, tokens: Tokens) -> Tensor:
+            return function(tokens)
+
+    FunctionObjective.scope = scope
+    return FunctionObjective()
+
+
+def _nearest(name: str, known: list[str] | None = None) -> str:
+    found = difflib.get_close_matches(name, known or objective_names(), n=1)
+    return f"; did you mean {found[0]!r}?" if found else ""

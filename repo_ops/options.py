@@ -1,0 +1,49 @@
+"""How the head is computed: everything that changes cost or precision, never the objective."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+Backend = Literal["auto", "torch", "triton"]
+
+MIB = 1 << 20
+LOGITS_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Options:
+    """Backend, memory and precision of a fused-head call.
+
+    Raises:
+        ValueError, TypeError: an option is out of range; the message names it.
+    """
+
+    backend: Backend = "auto"
+    """"torch" (vendor GEMMs and in-place PyTorch row arithmetic), "triton" (the same GEMMs and Triton row kernels; GPU
+    tensors, or CPU tensors under TRITON_INTERPRET=1), or "auto": triton on GPUs that have it, torch elsewhere."""
+
+    memory_budget: int | None = None
+    """Bytes that the op may hold beyond its outputs and gradients, whatever N. None: 128 MiB on a CPU; on a GPU what a
+    tile of 2048 tokens needs, because smaller tiles make the float32 weight gradient bandwidth-bound."""
+
+    logits_dtype: torch.dtype | None = None
+    """Precision in which a tile of logits is stored before the softmax. None: float32 (float64 for float64 inputs). The
+    inputs' own bfloat16 or float16 is cheaper and costs about 1e-2 in every log-probability."""
+
+    all_logps: bool = False
+    """Also return log-probabilities of tokens whose gradient is known to be zero before the first GEMM (zero advantage,
+    no KL and no entropy term). False: such tokens are not computed and their log-probability is NaN."""
+
+    def __post_init__(self) -> None:
+        if self.backend not in ("auto", "torch", "triton"):
+            raise ValueError(f"options.backend: expected 'auto', 'torch' or 'triton', got {self.backend!r}")
+        if self.memory_budget is not None and self.memory_budget < MIB:
+            raise ValueError(
+                f"options.memory_budget: expected bytes, at least {MIB} (1 MiB), got {self.memory_budget}; "
+                "pass None for the default of the device"
+            )
+        if self.logits_dtype is not None and self.logits_dtype not in LOGITS_DTYPES:
+            raise ValueError(f"options.logits_dtype: expected a floating dtype or None, got {self.logits_dtype}")

@@ -1,0 +1,142 @@
+"""From an objective and log-probabilities to the scalar loss, and to what one token's logits must receive."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from repo_ops.kl import KL
+from repo_ops.metrics import Metrics, stat
+from repo_ops.objectives.base import Objective
+from repo_ops.reduce import NumItemsLike, resolve_num_items, sequence_weights
+from repo_ops.tokens import Tokens
+
+
+@dataclass(frozen=True, eq=False)
+class SequenceWeights:
+    """What each token of sequence i counts in the step's loss, per term; [B] float32."""
+
+    policy: Tensor
+    on_policy: Tensor
+    """Like `policy`, without replayed sequences: entropy bonus."""
+    kl: Tensor
+
+    @classmethod
+    def of(
+        cls,
+        objective: Objective,
+        lengths: Tensor,
+        *,
+        off_policy: Tensor | None,
+        off_policy_coef: float,
+        num_items: NumItemsLike | None,
+    ) -> SequenceWeights:
+        """Weights of sequences with `lengths` [B] live tokens, `off_policy` [B] bool marking replayed ones."""
+        counts = resolve_num_items(num_items, lengths, off_policy, objective.reduction)
+
+        def weights(reduction: str, coef: float) -> Tensor:
+            return sequence_weights(
+                reduction,
+                lengths,
+                counts,
+                off_policy=off_policy,
+                off_policy_coef=coef,
+                row_norm=objective.row_norm,
+                max_length=objective.max_length,
+            )
+
+        on_policy = weights(objective.reduction, 0.0) if off_policy is not None else None
+        policy = weights(objective.reduction, off_policy_coef)
+        kl = weights(objective.kl_reduction or objective.reduction, 0.0) if objective.beta else policy
+        if objective.beta and kl.isnan().any():
+            raise ValueError(
+                f"num_items: the KL is averaged by {objective.kl_reduction!r} and the loss by {objective.reduction!r}, "
+                "which divide by different counts; pass repo_ops.NumItems(sequences, tokens, ...)"
+            )
+        return cls(policy, policy if on_policy is None else on_policy, kl)
+
+    def spread(self, owner: Tensor) -> TokenWeights:
+        """Weights of tokens whose sequences are `owner` [N] int64."""
+        return TokenWeights(self.policy[owner], self.on_policy[owner], self.kl[owner])
+
+
+class TokenWeights(NamedTuple):
+    """What each token counts in the step's loss, per term; [N] float32."""
+
+    policy: Tensor
+    on_policy: Tensor
+    kl: Tensor
+
+    def slice(self, rows: slice) -> TokenWeights:
+        """The weights of some tokens."""
+        return TokenWeights(*(weight[rows] for weight in self))
+
+
+def step_loss(objective: Objective, tokens: Tokens, weights: TokenWeights) -> Tensor:
+    """0-d float32: the tokens' share of the step's loss, attached to tokens.logps and tokens.entropy."""
+    loss = _weighted_sum(weights.policy, objective(tokens))
+    if objective.beta:
+        assert tokens.ref_logps is not None
+        loss = loss + objective.beta * _weighted_sum(weights.kl, KL[objective.kl](tokens.logps, tokens.ref_logps))
+    if objective.entropy_coef:
+        assert tokens.entropy is not None
+        loss = loss - objective.entropy_coef * _weighted_sum(weights.on_policy, tokens.entropy)
+    return loss
+
+
+class Coefficients(NamedTuple):
+    """The loss of some tokens and its derivatives: all that the vocabulary axis needs to know of an objective."""
+
+    loss: Tensor
+    """0-d."""
+    dlogps: Tensor
+    """[N] d loss / d logps."""
+    dentropy: Tensor | None
+    """[N] d loss / d entropy, None where the loss does not read it."""
+
+
+def coefficients(objective: Objective, tokens: Tokens, weights: TokenWeights) -> Coefficients:
+    """The loss of `tokens` and its derivatives, by autograd over [N] numbers."""
+    with torch.enable_grad():
+        logps = tokens.logps.detach().requires_grad_()
+        entropy = None if tokens.entropy is None else tokens.entropy.detach().requires_grad_()
+        loss = step_loss(objective, tokens.with_logps(logps, entropy), weights)
+        if not loss.requires_grad:  # an objective that ignores logps altogether
+            return Coefficients(loss, torch.zeros_like(logps), None)
+        wanted = [logps] if entropy is None else [logps, entropy]
+        dlogps, *dentropy = torch.autograd.grad(loss, wanted, allow_unused=True)
+    return Coefficients(
+        loss.detach(),
+        torch.zeros_like(logps) if dlogps is None else dlogps,
+        dentropy[0] if dentropy else None,
+    )
+
+
+def loss_metrics(objective: Objective, tokens: Tokens) -> Metrics:
+    """What practitioners watch, over the live tokens: sums and counts, detached."""
+    with torch.no_grad():
+        tokens = replace(tokens, logps=tokens.logps.detach())
+        found = objective.metrics(tokens)
+        on_policy = None if tokens.off_policy is None else ~tokens.off_policy
+        if tokens.ref_logps is not None:
+            found["kl"] = stat(KL[objective.kl](tokens.logps, tokens.ref_logps), on_policy)
+        if tokens.entropy is not None:
+            found["entropy"] = stat(tokens.entropy, on_policy)
+        if tokens.sampler_logps is not None:
+            gap = tokens.old_logps - tokens.sampler_logps
+            found["sampler_ratio"] = stat(gap.exp())
+            found["sampler_gap_abs"] = stat(gap.abs())
+        return found
+
+
+def _weighted_sum(weights: Tensor, values: Tensor) -> Tensor:
+    if values.shape != weights.shape:
+        raise ValueError(
+            f"objective: expected a per-token loss of shape {list(weights.shape)}, got {list(values.shape)}; "
+            "return unreduced losses"
+        )
+    # a weight of 0 takes the token out of the loss even if its value overflowed
+    return torch.where(weights != 0, weights * values, 0.0).sum()

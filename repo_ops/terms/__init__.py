@@ -1,0 +1,1 @@
+"""Terms that objectives are made of; a term knows numbers, never an objective's name."""
