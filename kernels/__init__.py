@@ -1,1 +1,4 @@
-"""Triton kernels and their host wrappers. Installed as `repo_ops.kernels`."""
+"""Triton kernels for the vocabulary axis and the policy terms: `logit_rows`, `clipped_ratio`, `group_advantages`.
+
+Importing this package imports neither torch nor triton; its modules do.
+"""

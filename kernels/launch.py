@@ -1,0 +1,185 @@
+"""How each kernel is launched: block size, warps and stages per architecture, in one table.
+
+A row that nobody has timed says "predicted" and why; a measured row says device, shape and date. Results do not depend on
+the row except for the order of a floating-point sum, and a given row gives the same bits on every run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Config:
+    """Block size, warps and stages of one launch, and where the row comes from."""
+
+    block: int
+    num_warps: int
+    num_stages: int
+    device: str
+    shape: str
+    date: str
+    """ISO date of the measurement, or "predicted"."""
+
+
+# A row program streams its logits once: 16 elements a thread are four (two for half types) 16-byte loads in flight, and two
+# programs of 256 threads keep about 32 KiB in flight per SM, above the 18 KiB that 3.3 TB/s at 700 ns asks of 132 SMs.
+_ROW = (4096, 8, 1)
+# CDNA wavefronts have 64 lanes: 4 of them are the same 256 threads.
+_ROW_AMD = (4096, 4, 1)
+_ROW_SHAPE = "[2048, 151936]"
+_TOKENS_SHAPE = "[131072] in 128 sequences"
+_GROUPS_SHAPE = "[4096] in 256 groups"
+
+TABLE: dict[tuple[str, str, str], Config] = {
+    ("row_stats", "sm_80", "*"): Config(*_ROW, "A100", _ROW_SHAPE, "predicted"),
+    ("row_stats", "sm_90", "*"): Config(*_ROW, "H100", _ROW_SHAPE, "predicted"),
+    ("row_stats", "sm_100", "*"): Config(*_ROW, "B200", _ROW_SHAPE, "predicted"),
+    ("row_stats", "sm_120", "*"): Config(*_ROW, "RTX 5090", _ROW_SHAPE, "predicted"),
+    ("row_stats", "gfx942", "*"): Config(*_ROW_AMD, "MI300X", _ROW_SHAPE, "predicted"),
+    ("row_stats", "interpreter", "*"): Config(16384, 1, 1, "CPU", "[65, 49152]", "predicted"),
+    ("row_grads", "sm_80", "*"): Config(*_ROW, "A100", _ROW_SHAPE, "predicted"),
+    ("row_grads", "sm_90", "*"): Config(*_ROW, "H100", _ROW_SHAPE, "predicted"),
+    ("row_grads", "sm_100", "*"): Config(*_ROW, "B200", _ROW_SHAPE, "predicted"),
+    ("row_grads", "sm_120", "*"): Config(*_ROW, "RTX 5090", _ROW_SHAPE, "predicted"),
+    ("row_grads", "gfx942", "*"): Config(*_ROW_AMD, "MI300X", _ROW_SHAPE, "predicted"),
+    ("row_grads", "interpreter", "*"): Config(16384, 1, 1, "CPU", "[65, 49152]", "predicted"),
+    ("ratio_tokens", "*", "*"): Config(1024, 4, 1, "any", _TOKENS_SHAPE, "predicted"),
+    ("ratio_sequences", "*", "*"): Config(1024, 4, 1, "any", _TOKENS_SHAPE, "predicted"),
+    # The interpreter scans element by element, so its blocks are small: they also cross block borders on short inputs.
+    ("ratio_tokens", "interpreter", "*"): Config(64, 1, 1, "CPU", "[300] in 6 sequences", "predicted"),
+    ("ratio_sequences", "interpreter", "*"): Config(64, 1, 1, "CPU", "[300] in 6 sequences", "predicted"),
+    ("group_advantages", "*", "*"): Config(128, 1, 1, "any", _GROUPS_SHAPE, "predicted"),
+    ("group_advantages", "interpreter", "*"): Config(16, 1, 1, "CPU", "[64] in 8 groups", "predicted"),
+}
+
+
+def launch_config(kernel: str, architecture: str, dtype: torch.dtype) -> Config:
+    """The row of TABLE for this kernel: exact, then any dtype, then the nearest older architecture, then any.
+
+    Raises:
+        KeyError: the kernel has no row that fits.
+    """
+    dtype_name = str(dtype).removeprefix("torch.")
+    for name in [*_fallbacks(architecture), "*"]:
+        for key in ((kernel, name, dtype_name), (kernel, name, "*")):
+            if key in TABLE:
+                return TABLE[key]
+    raise KeyError(f"{kernel}: no launch configuration for {architecture}, {dtype_name}; add a row to TABLE")
+
+
+def _fallbacks(architecture: str) -> list[str]:
+    """This architecture, then the tabled ones that stand for it (sm_89 runs sm_80's row, an unknown gfx runs gfx942's)."""
+    if not architecture.startswith("sm_"):
+        # Intel GPUs and anything else without rows of their own: 256 threads a program as on sm_80.
+        return [architecture] if architecture == "interpreter" else [architecture, _family(architecture)]
+    tabled = {int(name[3:]) for _, name, _ in TABLE if name.startswith("sm_")}
+    wanted = int(architecture[3:])
+    older = sorted((version for version in tabled if version <= wanted), reverse=True) or [min(tabled)]
+    return [architecture, *(f"sm_{version}" for version in older)]
+
+
+def _family(architecture: str) -> str:
+    return "gfx942" if architecture.startswith("gfx") else "sm_80"
+
+
+def interpreting() -> bool:
+    """True where TRITON_INTERPRET=1 was set before triton was imported, so that kernels run on CPU tensors."""
+    return not isinstance(_probe, triton.runtime.JITFunction)
+
+
+@triton.jit
+def _probe():
+    pass
+
+
+def architecture_of(device: torch.device) -> str:
+    """Name of the device's architecture as TABLE spells it: "sm_90", "gfx942", "xpu", "interpreter"."""
+    if interpreting():
+        return "interpreter"
+    if device.type == "cuda" and torch.version.hip:
+        return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        return f"sm_{major}{minor}"
+    return device.type
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel call, made but not yet issued; `repo_ops.kernels.aot` compiles the same object for a machine it lacks."""
+
+    kernel: Any
+    programs: int
+    arguments: Mapping[str, Any]
+    config: Config
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Compiler options. Fused multiply-add is asked for by name, since Triton's default changes between versions."""
+        return {"num_warps": self.config.num_warps, "num_stages": self.config.num_stages, "enable_fp_fusion": True}
+
+    def run(self, device: torch.device) -> None:
+        """Issue the launch on `device`. A grid of no programs issues nothing."""
+        if self.programs == 0:
+            return
+        with _current(device):
+            self.kernel[(self.programs,)](**self.arguments, **self.options)
+
+
+def _current(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    # Triton launches on the current device, whatever device the pointers belong to
+    if device.type == "cuda":
+        return torch.cuda.device(device)
+    if device.type == "xpu":
+        return torch.xpu.device(device)
+    return contextlib.nullcontext()
+
+
+def check_runnable(name: str, tensor: Tensor) -> None:
+    """Raise ValueError where no Triton kernel can run on this tensor's device."""
+    if tensor.device.type in ("cpu", "mps") and not (tensor.device.type == "cpu" and interpreting()):
+        raise ValueError(
+            f"{name}: expected a tensor on a GPU that Triton supports, got device {tensor.device}; use the PyTorch backend,"
+            " or set TRITON_INTERPRET=1 before importing triton to run the kernels on CPU tensors"
+        )
+
+
+def check_vector(
+    name: str, value: Tensor | None, length: int, dtypes: tuple[torch.dtype, ...], device: torch.device
+) -> Tensor | None:
+    """`value` itself, contiguous, or None where it is None.
+
+    Raises:
+        TypeError: not a tensor of one of `dtypes`.
+        ValueError: not of shape [length], or on another device.
+    """
+    if value is None:
+        return None
+    names = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a {names} tensor, got {type(value).__name__}")
+    if value.dtype not in dtypes:
+        raise TypeError(f"{name}: expected {names}, got {str(value.dtype).removeprefix('torch.')}; convert it before the call")
+    if value.shape != (length,):
+        raise ValueError(f"{name}: expected shape [{length}], got {list(value.shape)}; flatten it to one row per token")
+    if value.device != device:
+        raise ValueError(f"{name}: expected device {device}, got {value.device}; move it first")
+    return value.contiguous()
+
+
+def check_positive(name: str, value: float | None) -> float | None:
+    """`value` as a float > 0, or None where it is None; ValueError otherwise."""
+    if value is None:
+        return None
+    if not (math.isfinite(value) and value > 0):
+        raise ValueError(f"{name}: expected a finite number above 0, got {value}")
+    return float(value)
