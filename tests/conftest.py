@@ -1,19 +1,23 @@
-"""What every test shares: no network, one seed, and a loud word about GPU tests that did not run."""
+"""What every test shares: no network, one seed, kernels that run on CPU tensors, and a loud word about GPU tests."""
 
 import os
 
 import pytest
+import torch
 
 # A test that would reach a model hub fails at once, instead of hanging where there is no network.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+# Triton reads this when a kernel's module is first imported. It changes what can run on CPU tensors, not what runs by
+# default: backend="auto" takes the PyTorch arithmetic there. Compiling ahead of time needs a process without it.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 _NO_GPU = "needs a GPU, and torch sees none here"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    import torch
-
     if torch.cuda.is_available():
         return
     for item in items:
@@ -34,6 +38,4 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     """Every test starts from the same generator state, whatever ran before it."""
-    import torch
-
     torch.manual_seed(0)
