@@ -15,7 +15,7 @@ one that a separate row would give. The last token of a completion is predicted 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -34,6 +34,7 @@ class MicroBatch:
     targets: Tensor  # [N] int64
     cu_seqlens: Tensor  # [S + 1] int64: completion s owns targets[cu_seqlens[s] : cu_seqlens[s + 1]]
     sequences: tuple[int, ...]  # S indices into the caller's list
+    tokens: int  # of the R * L, those that are not padding
 
     def attention_mask(self) -> Tensor:
         """Which tokens each token may see, [R, 1, L, L] bool: itself and its ancestors (one mask for all heads).
@@ -47,7 +48,7 @@ class MicroBatch:
     def to(self, device: torch.device | str) -> MicroBatch:
         """The same micro-batch with its tensors on `device`."""
         moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
-        return MicroBatch(**moved, sequences=self.sequences)
+        return replace(self, **moved)
 
 
 def pack_rows(
@@ -175,4 +176,5 @@ def _collate(rows: list[_Row], pad_id: int) -> MicroBatch:
         targets=torch.tensor(targets, dtype=torch.int64),
         cu_seqlens=torch.tensor(ends, dtype=torch.int64),
         sequences=tuple(sequence for row in rows for sequence, _, _ in row.members),
+        tokens=sum(len(row.tokens) for row in rows),
     )

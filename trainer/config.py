@@ -1,0 +1,224 @@
+"""Every setting of a training run: one frozen dataclass, read from YAML and the command line, checked before any work."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+__all__ = ["TrainConfig", "learning_rate", "parse_config", "parse_settings", "save_config"]
+
+Settings = TypeVar("Settings")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One training run. The defaults train SmolLM2-135M with GRPO on a laptop."""
+
+    model: str = "smollm2"
+    """"smollm2", "tiny" (made on the spot), a folder in Hugging Face format, or a hub id."""
+    task: str = "products"
+    """Name of a task: products, chain_sum, lcm, gcd, count_bits, letter_counting..."""
+    task_args: dict[str, Any] = field(default_factory=dict)
+    """Options of the task, e.g. --task_args.digits 2."""
+    reward: str | None = None
+    """exact_match, number_match, prefix_match, math_verify, module:function or file.py:function (none: the task's own)."""
+    output_dir: str = "runs/train"
+    """Folder for metrics.jsonl, config.yaml, report.png and the trained model; made if absent."""
+    seed: int = 0
+    """Seeds data order, sampling and replay; the same seed gives the same metrics."""
+
+    objective: str = "grpo"
+    """Policy objective: grpo, dr_grpo, dapo, bnpo_loss_type, cispo, gspo, or repo (GRPO that also takes replayed rows)."""
+    objective_args: dict[str, Any] = field(default_factory=dict)
+    """Hyper-parameters of the objective, e.g. --objective_args.eps_high 0.28."""
+    beta: float = 0.0
+    """Weight of the KL to the starting model (>= 0; usual 0 to 0.04); above 0 a frozen copy of the model is kept."""
+    advantage_estimator: str = "grpo"
+    """How rewards of a group become advantages: grpo (mean and std), dr_grpo (mean only)..."""
+    advantage_mode: Literal["split", "mixed"] = "split"
+    """Replayed rows have a mean and std of their own (split), or share the group's (mixed)."""
+
+    replay: str | None = None
+    """Replay strategy: full_scope, random, recency, reward, variance (none: nothing is stored or replayed)."""
+    replay_num: int = 8
+    """Rows drawn from the buffer for each prompt (>= 1; full_scope draws all)."""
+    replay_capacity: int = 32
+    """Samples that the buffer keeps for each prompt, the newest (>= replay_min_size)."""
+    replay_min_size: int = 8
+    """Samples that a prompt must have in the buffer before it draws (>= 1)."""
+    off_policy_coef: float = 1.0
+    """Weight c of the replayed part of the loss (>= 0; usual 1)."""
+
+    steps: int = 30
+    """Optimizer steps, each on freshly generated completions."""
+    prompts_per_step: int = 8
+    """Prompts of a step."""
+    group_size: int = 8
+    """Completions generated for each prompt (>= 2)."""
+    train_size: int = 32
+    """Prompts in the training pool; they come round again, which is what replay feeds on."""
+    heldout_size: int = 16
+    """Prompts that are never trained on (0: no evaluation)."""
+    heldout_samples: int = 8
+    """Sampled completions for each held-out prompt; one greedy completion comes on top."""
+    eval_steps: int = 0
+    """Evaluate every so many steps besides before and after (0: only before and after)."""
+    log_steps: int = 1
+    """Print every so many steps where there is no terminal; metrics.jsonl gets all of them."""
+
+    temperature: float = 1.0
+    """Divides the logits, when sampling and in the loss (> 0)."""
+    top_k: int = 0
+    """Sample among the k most probable tokens only (0: all); with replay it must be 0."""
+    top_p: float = 1.0
+    """Sample among the most probable tokens that reach this probability, in (0, 1]; with replay it must be 1."""
+    max_new_tokens: int | None = None
+    """Longest completion, tokens (none: the task's own)."""
+
+    lr: float = 5e-6
+    """Peak learning rate of AdamW (usual 1e-6 to 1e-5 for a whole model)."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """Learning rate after the warm-up: constant, or falling to 0."""
+    warmup: int = 0
+    """Steps over which the learning rate rises from 0."""
+    weight_decay: float = 0.0
+    """AdamW's decoupled weight decay (>= 0)."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW's averaging factors, each in [0, 1)."""
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this norm (> 0; inf: only measured)."""
+    micro_batch_tokens: int = 4096
+    """Padded tokens of one forward and backward; lower needs less memory and changes nothing else."""
+
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the weights and of AdamW's state; bfloat16 weights often do not move at RL's learning rates."""
+    autocast: bool = True
+    """Compute the layers below the head in bfloat16; weights, head and loss stay in dtype."""
+    threads: int | None = None
+    """CPU threads of torch (none: its own choice)."""
+    save_model: bool = True
+    """Write the trained model to output_dir/model."""
+
+    def __post_init__(self) -> None:
+        at_least = {"replay_num": 1, "replay_min_size": 1, "replay_capacity": 1, "off_policy_coef": 0, "beta": 0, "lr": 0,
+                    "steps": 1, "prompts_per_step": 1, "group_size": 2, "train_size": 1, "heldout_size": 0,
+                    "heldout_samples": 1, "eval_steps": 0, "log_steps": 1, "top_k": 0, "warmup": 0, "weight_decay": 0, "micro_batch_tokens": 1}  # fmt: skip
+        for name, least in at_least.items():
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value >= least):
+                raise ValueError(f"{name}: expected at least {least}, got {value}")
+        for name in ("temperature", "max_grad_norm"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name}: expected more than 0, got {getattr(self, name)}")
+        for name in ("max_new_tokens", "threads"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p: expected more than 0 and at most 1, got {self.top_p}")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas: expected two numbers in [0, 1), got {self.betas}")
+        if self.warmup > self.steps:
+            raise ValueError(f"warmup: expected at most steps = {self.steps}, got {self.warmup}")
+        if self.prompts_per_step > self.train_size:
+            raise ValueError(f"prompts_per_step: expected at most train_size = {self.train_size}, "
+                             f"got {self.prompts_per_step}; a step would hold a prompt twice")  # fmt: skip
+        if "beta" in self.objective_args:
+            raise ValueError("objective_args: beta has a key of its own; write --beta instead")
+        if self.replay is not None:
+            self._check_replay()
+
+    def _check_replay(self) -> None:
+        if self.top_k != 0 or self.top_p != 1:
+            raise ValueError(f"top_k, top_p: expected 0 and 1 with replay, got {self.top_k} and {self.top_p}; the stored "
+                             "log-probabilities would be those of another distribution than the learner's")  # fmt: skip
+        if self.replay_capacity < self.replay_min_size:
+            raise ValueError(f"replay_capacity: expected at least replay_min_size = {self.replay_min_size}, "
+                             f"got {self.replay_capacity}; replay would never start")  # fmt: skip
+
+
+def parse_config(arguments: Sequence[str] = (), *, prog: str = "repo-ops train") -> TrainConfig:
+    """The TrainConfig that command line arguments describe: --config FILE.yaml, --KEY VALUE, --objective_args.KEY VALUE.
+
+    Later ones win. A mistake prints one sentence and exits with status 2.
+    """
+    description = "Train a language model with a policy-gradient objective."
+    return parse_settings(TrainConfig, arguments, prog=prog, description=description)
+
+
+def parse_settings(kind: type[Settings], arguments: Sequence[str], *, prog: str, description: str) -> Settings:
+    """An object of the dataclass `kind`, its fields set by a command line and the YAML files that it names."""
+    from jsonargparse import ArgumentParser, set_parsing_settings
+
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    usage = "%(prog)s [--config FILE.yaml] [--KEY VALUE ...]"
+    parser = ArgumentParser(prog=prog, usage=usage, description=description)
+    parser.add_argument("--config", action="config", help="YAML file with any of the keys below; repeatable")
+    parser.add_class_arguments(kind, as_group=False)
+    _check_keys(list(arguments), [each.name for each in fields(kind)], parser.error)  # type: ignore[arg-type]
+    namespace = parser.parse_args(list(arguments))
+    try:
+        return kind(**{each.name: namespace[each.name] for each in fields(kind)})  # type: ignore[arg-type]
+    except ValueError as error:
+        parser.error(str(error))
+
+
+def _check_keys(arguments: list[str], known: list[str], error: Any) -> None:
+    """Finds the first key, on the line or in a YAML file, that is none of `known`: jsonargparse would not say which is meant."""
+    for place, argument in enumerate(arguments):
+        if not argument.startswith("--"):
+            continue
+        key, _, value = argument[2:].partition("=")
+        if key == "config":
+            path = Path(value or (arguments[place + 1] if place + 1 < len(arguments) else ""))
+            for name in _keys_of(path, error):
+                _require_known(name, known, f"{path}: ", error)
+        elif key != "help" and not key.startswith("print_"):
+            _require_known(key.split(".")[0], known, "", error)
+
+
+def _keys_of(path: Path, error: Any) -> list[str]:
+    import yaml
+
+    try:
+        content = yaml.safe_load(path.read_text())
+    except (OSError, yaml.YAMLError) as problem:
+        error(f"config: expected a readable YAML file, got {path}; {problem}")
+    if not isinstance(content, dict):
+        error(f"config: expected key: value lines in {path}, got {type(content).__name__}")
+    return [str(key) for key in content]
+
+
+def _require_known(name: str, known: list[str], where: str, error: Any) -> None:
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+        error(f"{where}unknown key {name!r}" + (f"; did you mean {near[0]!r}?" if near else "; see --help"))
+
+
+def save_config(config: TrainConfig, path: Path) -> None:
+    """Write the run's settings so that `repo-ops train --config PATH` repeats it."""
+    import yaml
+
+    values = asdict(config)
+    values["betas"] = list(values["betas"])
+    path.write_text(yaml.safe_dump(values, sort_keys=False))
+
+
+def learning_rate(config: TrainConfig, step: int) -> float:
+    """Learning rate of step 1, 2, ..., config.steps: linear warm-up, then the schedule, which reaches 0 one step past the end.
+
+    A function of the step alone: a run that resumes has nothing to restore.
+    """
+    if step <= config.warmup:
+        return config.lr * step / config.warmup
+    progress = (step - 1 - config.warmup) / max(1, config.steps - config.warmup)
+    if config.schedule == "linear":
+        return config.lr * (1 - progress)
+    if config.schedule == "cosine":
+        return config.lr * (1 + math.cos(math.pi * progress)) / 2
+    return config.lr

@@ -1,0 +1,224 @@
+"""One optimizer step on scored completions: pack the live ones, sum the loss over micro-batches, step.
+
+Only sequences that can carry a gradient are computed; the denominators of the loss still count all of them, so loss and
+gradient are those of the whole step, however it is cut into micro-batches.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+import repo_ops
+from repo_ops.metrics import Metrics, merge, summarize
+from repo_ops.objectives.base import Objective
+from repo_ops.reduce import NumItems
+from repo_ops.trainer.backbone import Backbone
+from repo_ops.trainer.rows import MicroBatch, pack_rows
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+__all__ = ["Learner", "ScoredSequence"]
+
+
+@dataclass(frozen=True)
+class ScoredSequence:
+    """A prompt, a completion of it, and how much better than its group it was."""
+
+    prompt_ids: tuple[int, ...]
+    token_ids: tuple[int, ...]
+    """Completion tokens, the terminating one included."""
+    advantage: float
+    off_policy: bool = False
+    """Replayed: sampled from an earlier policy."""
+    logps: tuple[float, ...] = ()
+    """Log-probability of each completion token when it was sampled; read for replayed sequences only."""
+    group: int = 0
+    """Which prompt of the step it belongs to; for metrics."""
+
+
+class Learner:
+    """Holds the model, the objective and AdamW, and makes one step at a time.
+
+    On-policy sequences were sampled from the very weights they train, so their importance ratio is 1 by construction and
+    no extra forward computes old log-probabilities. Replayed sequences use the log-probabilities stored with them.
+
+    Args:
+        model: its parameters that require a gradient are trained; stays in eval mode.
+        off_policy_coef: weight of the replayed part of the loss.
+        temperature: what the completions were sampled with; divides the logits.
+        max_tokens: padded tokens of one forward and backward.
+        autocast: dtype of the layers below the head (None: the weights' own).
+    Raises:
+        ValueError: the model's packed rows would not be exact (see Backbone).
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        objective: Objective,
+        *,
+        off_policy_coef: float = 1.0,
+        temperature: float = 1.0,
+        max_tokens: int = 4096,
+        autocast: torch.dtype | None = None,
+        betas: tuple[float, float] = (0.9, 0.999),
+        weight_decay: float = 0.0,
+        max_grad_norm: float = 1.0,
+    ) -> None:
+        self.backbone = Backbone(model, autocast=autocast)
+        self.reference: Backbone | None = None
+        if objective.beta > 0:
+            self.reference = Backbone(copy.deepcopy(model).requires_grad_(False), autocast=autocast)
+        self.objective = objective
+        self.off_policy_coef = off_policy_coef
+        self.temperature = temperature
+        self.max_tokens = max_tokens
+        self.max_grad_norm = max_grad_norm
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=0.0, betas=betas, weight_decay=weight_decay, fused=True)
+
+    def step(self, sequences: Sequence[ScoredSequence], *, lr: float) -> dict[str, float]:
+        """Metrics of one optimizer step with learning rate `lr`.
+
+        `learner/skipped` is 1 where the parameters were left alone: no sequence was live, or the loss or the gradient's
+        norm was not finite (`learner/nonfinite` is then 1 too).
+        """
+        started = time.perf_counter()
+        self.optimizer.zero_grad(set_to_none=True)
+        live = [sequence for sequence in sequences if self.is_live(sequence)]
+        batches = self.pack(live)
+        loss, metrics = self.backward(live, batches, count_items(sequences))
+        grad_norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm)
+        finite = bool(torch.isfinite(loss) & torch.isfinite(grad_norm))
+        if live and finite:
+            for group in self.optimizer.param_groups:
+                group["lr"] = lr
+            self.optimizer.step()
+        return {
+            "loss": float(loss),
+            "grad_norm": float(grad_norm),
+            "lr": lr,
+            **_shown(metrics),
+            "learner/sequences": float(len(live)),
+            "learner/micro_batches": float(len(batches)),
+            "learner/tokens": float(sum(batch.tokens for batch in batches)),
+            "learner/tokens_of_separate_rows": float(sum(len(s.prompt_ids) + len(s.token_ids) for s in sequences)),
+            "learner/skipped": float(not (live and finite)),
+            "learner/nonfinite": float(not finite),
+            "time/learner": time.perf_counter() - started,
+        }
+
+    def is_live(self, sequence: ScoredSequence) -> bool:
+        """Whether any token of the sequence can carry a gradient."""
+        if not sequence.token_ids:
+            return False
+        if not sequence.off_policy and (self.objective.beta > 0 or self.objective.entropy_coef > 0):
+            return True
+        return sequence.advantage != 0 or not self.objective.zero_at_zero_advantage
+
+    def pack(self, sequences: Sequence[ScoredSequence]) -> list[MicroBatch]:
+        """The micro-batches of shared-prefix rows that hold `sequences`."""
+        prompts = [sequence.prompt_ids for sequence in sequences]
+        return pack_rows(prompts, [sequence.token_ids for sequence in sequences], max_tokens=self.max_tokens)
+
+    def backward(
+        self, sequences: Sequence[ScoredSequence], batches: Sequence[MicroBatch], num_items: NumItems
+    ) -> tuple[Tensor, Metrics]:
+        """The loss of all micro-batches (detached) and its metrics; adds its gradient to the parameters'."""
+        device = self.parameters[0].device
+        loss = torch.zeros((), device=device)
+        metrics: list[Metrics] = []
+        for batch in batches:
+            part, found = self._micro_batch(batch.to(device), [sequences[i] for i in batch.sequences], num_items)
+            part.backward()
+            loss += part.detach()
+            metrics += found
+        return loss, merge(metrics)
+
+    def _micro_batch(
+        self, batch: MicroBatch, sequences: list[ScoredSequence], num_items: NumItems
+    ) -> tuple[Tensor, list[Metrics]]:
+        hidden = self.backbone.hidden(batch)
+        ref_logps = self._ref_logps(batch)
+        losses, metrics = [], []
+        # two calls: for the on-policy part "no old_logps" states that the ratio is 1, the replayed part brings its own
+        for replayed in (False, True):
+            members = [i for i, sequence in enumerate(sequences) if sequence.off_policy is replayed]
+            if not members:
+                continue
+            tokens, cu_seqlens = _select(batch.cu_seqlens, members)
+            chosen = [sequences[i] for i in members]
+            result = repo_ops.linear_policy_loss(
+                hidden[tokens],
+                targets=batch.targets[tokens],
+                advantages=torch.tensor([sequence.advantage for sequence in chosen], device=hidden.device),
+                objective=self.objective,
+                ref_logps=None if ref_logps is None else ref_logps[tokens],
+                cu_seqlens=cu_seqlens,
+                temperature=self.temperature,
+                **self.backbone.head,
+                **(self._replayed(chosen, num_items) if replayed else {"num_items": self._on_policy(num_items)}),
+            )
+            losses.append(result.loss)
+            metrics.append(result.metrics)
+        return torch.stack(losses).sum(), metrics
+
+    def _on_policy(self, num_items: NumItems) -> NumItems:
+        """What the on-policy part divides by when it is computed by itself."""
+        if self.objective.row_norm == "official_code":
+            return replace(num_items, sequences=num_items.sequences + num_items.off_policy_sequences)
+        return num_items
+
+    def _replayed(self, sequences: list[ScoredSequence], num_items: NumItems) -> dict[str, Any]:
+        for sequence in sequences:
+            if len(sequence.logps) != len(sequence.token_ids):
+                raise ValueError(f"logps: expected one for each of the {len(sequence.token_ids)} tokens of a replayed "
+                                 f"sequence, got {len(sequence.logps)}; store the sampler's log-probabilities")  # fmt: skip
+        device = self.parameters[0].device
+        return {
+            "old_logps": torch.tensor([logp for sequence in sequences for logp in sequence.logps], device=device),
+            "off_policy": torch.ones(len(sequences), dtype=torch.bool, device=device),
+            "off_policy_coef": self.off_policy_coef,
+            "num_items": num_items,
+        }
+
+    @torch.no_grad()
+    def _ref_logps(self, batch: MicroBatch) -> Tensor | None:
+        if self.reference is None:
+            return None
+        hidden = self.reference.hidden(batch)
+        return repo_ops.linear_logps(
+            hidden, targets=batch.targets, temperature=self.temperature, **self.reference.head
+        ).logps
+
+
+def count_items(sequences: Sequence[ScoredSequence]) -> NumItems:
+    """What the loss of a step divides by: all its sequences and tokens, live or not, on-policy and replayed apart."""
+    lengths = torch.tensor([len(s.token_ids) for s in sequences])
+    return NumItems.of(lengths, torch.tensor([s.off_policy for s in sequences], dtype=torch.bool))
+
+
+def _select(cu_seqlens: Tensor, members: list[int]) -> tuple[Tensor, Tensor]:
+    """Places of the tokens of the given sequences, and the cu_seqlens of those sequences alone."""
+    starts, ends = cu_seqlens[:-1].tolist(), cu_seqlens[1:].tolist()
+    tokens = [place for i in members for place in range(starts[i], ends[i])]
+    lengths = [0] + [ends[i] - starts[i] for i in members]
+    device = cu_seqlens.device
+    return torch.tensor(tokens, device=device), torch.tensor(lengths, device=device).cumsum(0)
+
+
+def _shown(metrics: Metrics) -> dict[str, float]:
+    """The step's metrics as numbers, without those that are constant because fresh rows have ratio 1."""
+    return {
+        name: value
+        for name, value in summarize(metrics).items()
+        if "/" in name or name in ("kl", "entropy")
+    }

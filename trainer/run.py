@@ -1,0 +1,94 @@
+"""Everything that a training run works with, made from its settings before the first step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+import transformers
+
+import repo_ops
+from repo_ops.replay import ReplayBuffer
+from repo_ops.trainer.config import TrainConfig
+from repo_ops.trainer.learner import Learner
+from repo_ops.trainer.models import load_model
+from repo_ops.trainer.rewards import RewardFunction, load_reward
+from repo_ops.trainer.rollout import RolloutEngine
+from repo_ops.trainer.rollout.hf import HFGenerate
+from repo_ops.trainer.tasks import Task, load_task
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+__all__ = ["Run", "prepare"]
+
+
+@dataclass
+class Run:
+    """The parts of a run; the loop only moves data between them."""
+
+    config: TrainConfig
+    folder: Path
+    task: Task
+    reward: RewardFunction
+    max_new_tokens: int
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    engine: RolloutEngine
+    learner: Learner
+    buffer: ReplayBuffer | None
+
+    def describe(self) -> str:
+        """One line about what is trained, dtypes included: bfloat16 weights are a common silent mistake."""
+        config = self.config
+        parameters = sum(parameter.numel() for parameter in self.learner.parameters)
+        compute = "bfloat16 autocast" if config.autocast else "no autocast"
+        replay = f" with {config.replay} replay" if config.replay else ""
+        return (
+            f"{config.objective}{replay} on {config.task}: {config.model}, {parameters / 1e6:.1f}M parameters in "
+            f"{config.dtype}, {compute}; {config.steps} steps of {config.prompts_per_step} x {config.group_size}"
+        )
+
+
+def prepare(config: TrainConfig) -> Run:
+    """The run that `config` describes, ready for its first step. What is cheap to check is checked first.
+
+    Raises:
+        ValueError: a setting that the objective, the replay, the task, the reward or the model refuses.
+    """
+    objective_args = {"beta": config.beta, **config.objective_args}
+    repo_ops.get_objective(config.objective, **{"max_length": 1, **objective_args})
+    buffer = None
+    if config.replay is not None:
+        buffer = ReplayBuffer(
+            config.replay_capacity, config.replay, config.replay_num, config.replay_min_size, seed=config.seed
+        )
+    sizes = {"train_size": config.train_size, "heldout_size": config.heldout_size}
+    task = load_task(config.task, **sizes, seed=config.seed, **config.task_args)
+    reward = task.reward if config.reward is None else load_reward(config.reward)
+    max_new_tokens = config.max_new_tokens or task.max_new_tokens
+    folder = Path(config.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    torch.manual_seed(config.seed)
+    transformers.utils.logging.disable_progress_bar()  # its bars, also when saving, would tear ours
+    model, tokenizer = load_model(config.model, dtype=getattr(torch, config.dtype), seed=config.seed)
+    autocast = torch.bfloat16 if config.autocast else None
+    learner = Learner(
+        model,
+        # Dr.GRPO divides by the generation budget, unless told otherwise
+        repo_ops.get_objective(config.objective, **{"max_length": max_new_tokens, **objective_args}),
+        off_policy_coef=config.off_policy_coef,
+        temperature=config.temperature,
+        max_tokens=config.micro_batch_tokens,
+        autocast=autocast,
+        betas=config.betas,
+        weight_decay=config.weight_decay,
+        max_grad_norm=config.max_grad_norm,
+    )
+    engine = HFGenerate(model, tokenizer, stop=task.stop, autocast_dtype=autocast)
+    return Run(config, folder, task, reward, max_new_tokens, model, tokenizer, engine, learner, buffer)
