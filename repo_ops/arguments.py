@@ -71,6 +71,11 @@ def check_float(name: str, value: Tensor) -> None:
         raise TypeError(f"{name}: expected a floating dtype, got {value.dtype}")
 
 
+def exact_dtype(*values: Tensor) -> torch.dtype:
+    """float64 if one of `values` is, else float32."""
+    return torch.float64 if any(getattr(v, "dtype", None) == torch.float64 for v in values) else torch.float32
+
+
 def check_values(name: str, ok: Tensor, expected: str, remedy: str) -> None:
     """Refuse values for which `ok` (0-d bool) is False, at once on a CPU and without waiting for the device elsewhere."""
     message = f"{name}: expected {expected}; {remedy}"

@@ -84,6 +84,7 @@ def linear_policy_loss(
         off_policy_coef=off_policy_coef,
         num_items=num_items,
         drop_zero_advantage=not options.all_logps,
+        dtype=arguments.exact_dtype(hidden, weight),
     )
     head = arguments.head_inputs(
         hidden,

@@ -78,8 +78,9 @@ def loss_inputs(
     off_policy_coef: float,
     num_items: NumItemsLike | None,
     drop_zero_advantage: bool,
+    dtype: torch.dtype,
 ) -> LossInputs:
-    """The checked inputs, live tokens only.
+    """The checked inputs, live tokens only; weights of `dtype`, that of the current log-probabilities.
 
     Raises:
         TypeError, ValueError: a shape, dtype or value is off, or an argument that the objective needs is missing.
@@ -107,7 +108,12 @@ def loss_inputs(
             raise ValueError(f"{name}: expected a tensor, which this objective reads, got None")
         live[name] = None if values is None else _live_logps(name, values, where)
     sequence_weights = SequenceWeights.of(
-        objective, lengths, off_policy=off_policy, off_policy_coef=off_policy_coef, num_items=num_items
+        objective,
+        lengths,
+        off_policy=off_policy,
+        off_policy_coef=off_policy_coef,
+        num_items=num_items,
+        dtype=dtype,
     )
     found = LossInputs(
         objective,

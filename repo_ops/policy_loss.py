@@ -48,6 +48,7 @@ def policy_loss(
         off_policy_coef=off_policy_coef,
         num_items=num_items,
         drop_zero_advantage=False,
+        dtype=arguments.exact_dtype(logps),
     )
     live = where.take(logps)
     arguments.check_values(

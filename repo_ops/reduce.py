@@ -103,8 +103,9 @@ def sequence_weights(
     off_policy_coef: float = 1.0,
     row_norm: str = "paper",
     max_length: int | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """[B] float32 weight of each token of sequence i in the step's loss.
+    """[B] weight of each token of sequence i in the step's loss.
 
     With replayed sequences the loss is J_on + off_policy_coef * J_off, each part reduced by its own counts
     (row_norm "paper"); "official_code" lets per-sequence reductions divide both parts by all sequences together.
@@ -113,6 +114,7 @@ def sequence_weights(
         reduction: a key of REDUCTIONS. lengths: [B] live tokens. off_policy: [B] bool.
     Source: arXiv 2506.09340; repository SihengLi99/RePO, replay_grpo_trainer.py.
     """
+    lengths = lengths.to(dtype)
     weights = _one_kind(reduction, lengths, num_items.sequences, num_items.tokens, max_length)
     if off_policy is None:
         return weights
@@ -125,7 +127,7 @@ def sequence_weights(
 
 
 def _one_kind(reduction: str, lengths: Tensor, sequences: Count, tokens: Count, max_length: int | None) -> Tensor:
-    length = lengths.to(torch.float32).clamp_min(1)
+    length = lengths.clamp_min(1)
     one = torch.ones_like(length)
     if reduction == "token-sum":
         return one
@@ -145,4 +147,4 @@ def _one_kind(reduction: str, lengths: Tensor, sequences: Count, tokens: Count, 
 
 
 def _at_least_one(count: Count, like: Tensor) -> Tensor:
-    return torch.as_tensor(count, dtype=torch.float32, device=like.device).clamp_min(1)
+    return torch.as_tensor(count, dtype=like.dtype, device=like.device).clamp_min(1)

@@ -17,7 +17,7 @@ from repo_ops.tokens import Tokens
 
 @dataclass(frozen=True, eq=False)
 class SequenceWeights:
-    """What each token of sequence i counts in the step's loss, per term; [B] float32."""
+    """What each token of sequence i counts in the step's loss, per term; [B]."""
 
     policy: Tensor
     on_policy: Tensor
@@ -33,6 +33,7 @@ class SequenceWeights:
         off_policy: Tensor | None,
         off_policy_coef: float,
         num_items: NumItemsLike | None,
+        dtype: torch.dtype = torch.float32,
     ) -> SequenceWeights:
         """Weights of sequences with `lengths` [B] live tokens, `off_policy` [B] bool marking replayed ones."""
         counts = resolve_num_items(num_items, lengths, off_policy, objective.reduction)
@@ -46,6 +47,7 @@ class SequenceWeights:
                 off_policy_coef=coef,
                 row_norm=objective.row_norm,
                 max_length=objective.max_length,
+                dtype=dtype,
             )
 
         on_policy = weights(objective.reduction, 0.0) if off_policy is not None else None
@@ -64,7 +66,7 @@ class SequenceWeights:
 
 
 class TokenWeights(NamedTuple):
-    """What each token counts in the step's loss, per term; [N] float32."""
+    """What each token counts in the step's loss, per term; [N]."""
 
     policy: Tensor
     on_policy: Tensor
@@ -76,7 +78,7 @@ class TokenWeights(NamedTuple):
 
 
 def step_loss(objective: Objective, tokens: Tokens, weights: TokenWeights) -> Tensor:
-    """0-d float32: the tokens' share of the step's loss, attached to tokens.logps and tokens.entropy."""
+    """0-d: the tokens' share of the step's loss, attached to tokens.logps and tokens.entropy."""
     loss = _weighted_sum(weights.policy, objective(tokens))
     if objective.beta:
         assert tokens.ref_logps is not None

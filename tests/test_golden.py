@@ -1,0 +1,47 @@
+"""Every golden case that this library has a name for, through `policy_loss` and through the fused head."""
+
+import copy
+from pathlib import Path
+
+import pytest
+from golden import cases_of, run
+
+CASES = cases_of(Path(__file__).parent / "data" / "objectives_golden.json")
+COVERED = [case for case in CASES if not (run(case).failure or "").startswith("not covered")]
+
+
+@pytest.mark.parametrize("case", COVERED, ids=lambda case: case["id"])
+def test_case(case):
+    assert run(case).failure is None
+
+
+def _grpo():
+    return copy.deepcopy(next(case for case in CASES if case["id"] == "grpo_k3/small"))
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"expected": {"loss": 0.2, "dlogp": [[0.0] * 4] * 2}}, "float64 error"),
+        ({"objective": "grqo"}, "not covered"),
+        ({"hyper": {"eps_lo": 0.2}}, "not covered: hyper-parameter 'eps_lo'"),
+        ({"hyper": {"agg": "median"}}, "not covered: aggregation 'median'"),
+    ],
+)
+def test_a_wrong_number_and_an_unknown_name_are_failures(change, complaint):
+    assert complaint in run(_grpo() | change).failure
+
+
+def test_other_shapes_pass_too():
+    # an empty row, a row without advantage, a width of 5, NaN under zero masks: the k3 rows of grpo_k3/small are kept
+    case, junk = _grpo(), float("nan")
+    for name in ("logp", "oldlogp", "reflogp", "samplogp"):
+        short, long = case[name]
+        case[name] = [[junk] * 5, [*short[:3], junk, junk], [-1.0] * 5, [*long, junk]]
+    case["mask"] = [[0] * 5, [1, 1, 1, 0, 0], [0, 1, 0, 0, 0], [1, 1, 1, 1, 0]]
+    case["A"] = [3.0, case["A"][0], 0.0, case["A"][1]]
+    expected = case["expected"]  # four rows instead of two halve everything; the row with A = 0 is at its reference
+    expected["loss"] /= 2
+    first, second = ([x / 2 for x in row] for row in expected["dlogp"])
+    expected["dlogp"] = [[0.0] * 5, [*first, 0.0], [0.0] * 5, [*second, 0.0]]
+    assert run(case).failure is None
