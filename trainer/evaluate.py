@@ -39,7 +39,7 @@ def evaluate(
         prompts                            number of examples
         greedy_mean, greedy_accuracy       mean reward, and share solved, of the most probable completion
         sampled_mean, finished             mean reward, and share that ended by themselves, of the samples
-        pass@k, pass@k_low, pass@k_high    for each k: chance that one of k samples solves a prompt, and its 95 % interval
+        pass@k, pass@k_low, pass@k_high    for each k: chance that one of k samples solves a prompt, 95 % interval
         unscored                           completions that the reward left out (None); they count nowhere else
         A mean over nothing (everything left out) is nan.
     Raises:
@@ -93,7 +93,7 @@ def pass_at_k(n: int, solved: int, k: int) -> float:
 def interval(mean: float, n: int, z: float = Z95) -> tuple[float, float]:
     """Wilson's interval for a mean of n independent values in [0, 1]; (nan, nan) for n = 0.
 
-    Exact values between 0 and 1 vary less than a coin of the same mean, so for them the interval is on the wide side. It
+    Values between 0 and 1 vary less than a coin of the same mean, so for them the interval is on the wide side. It
     stays inside [0, 1] and does not shrink to nothing when all values are equal, which a normal interval does.
     Source: E. B. Wilson, JASA 22 (1927), 209-212.
     """

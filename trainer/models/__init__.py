@@ -43,26 +43,24 @@ def load_model(
     """
     if tiny is not None and name != "tiny":
         raise ValueError(f"tiny: expected None with model {name!r}, got {tiny}; leave it out")
-    folder: str | Path
-    if name == "smollm2":
-        folder = smollm2_folder(cache_root(cache_dir))
-    elif name == "tiny":
-        folder = tiny_folder(cache_root(cache_dir), tiny or TinyModel(seed=seed))
-    else:
-        folder = _folder_or_hub_id(name)
-
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     with _quiet():
+        folder = _folder(name, cache_root(cache_dir), tiny or TinyModel(seed=seed))
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
         tokenizer = AutoTokenizer.from_pretrained(folder)
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa")
     return model.eval(), tokenizer
 
 
-def _folder_or_hub_id(name: str) -> str:
+def _folder(name: str, root: Path, tiny: TinyModel) -> Path | str:
+    """What from_pretrained reads: a folder, or the hub id as it is."""
+    if name == "smollm2":
+        return smollm2_folder(root)
+    if name == "tiny":
+        return tiny_folder(root, tiny)
     path = Path(name).expanduser()
     if (path / "config.json").is_file():
-        return str(path)
+        return path
     looks_like_hub_id = name.count("/") == 1 and not path.exists() and not name.startswith((".", "/", "~"))
     if not looks_like_hub_id:
         raise ValueError(

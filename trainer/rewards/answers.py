@@ -12,9 +12,7 @@ def exact_match(prompts: Sequence[str], completions: Sequence[str], *, answer: S
     return [float(text.strip() == wanted.strip()) for text, wanted in zip(completions, answer, strict=True)]
 
 
-def number_match(
-    prompts: Sequence[str], completions: Sequence[str], *, answer: Sequence[str], **_: Any
-) -> list[float]:
+def number_match(prompts: Sequence[str], completions: Sequence[str], *, answer: Sequence[str], **_: Any) -> list[float]:
     """1.0 where the whole completion is a number equal to the answer (042 and 42.0 equal 42), else 0.0."""
     return [
         float((got := _number(text)) is not None and got == _number(wanted))
@@ -22,9 +20,7 @@ def number_match(
     ]
 
 
-def prefix_match(
-    prompts: Sequence[str], completions: Sequence[str], *, answer: Sequence[str], **_: Any
-) -> list[float]:
+def prefix_match(prompts: Sequence[str], completions: Sequence[str], *, answer: Sequence[str], **_: Any) -> list[float]:
     """The share of the longer of completion and answer that they have in common from the start; 1.0 for equal ones."""
     return [_common_start(text.strip(), wanted.strip()) for text, wanted in zip(completions, answer, strict=True)]
 

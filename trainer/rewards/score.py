@@ -48,8 +48,8 @@ def score(
 ) -> Scores:
     """Weighted sum of several rewards for every completion.
 
-    A function that raises is asked again sample by sample, so that only the samples it fails on are lost; each counts as
-    one error, the first message is logged.
+    A function that raises is asked again sample by sample, so that only the samples it fails on are lost; each counts
+    as one error, the first message is logged.
 
     Args:
         rewards: name -> (function, weight).
@@ -95,8 +95,8 @@ def load_reward(name: str) -> RewardFunction:
     where, _, attribute = name.rpartition(":")
     if not where:
         raise ValueError(
-            f"reward: expected one of {', '.join((*BUILT_IN, 'math_verify'))}, 'module:function' or 'file.py:function', "
-            f"got {name!r}"
+            f"reward: expected one of {', '.join((*BUILT_IN, 'math_verify'))}, 'module:function' or "
+            f"'path/to/file.py:function', got {name!r}"
         )
     function = getattr(_module(name, where), attribute, None)
     if not callable(function):
@@ -124,7 +124,7 @@ def _module(name: str, where: str) -> ModuleType:
 
 def _check_columns(name: str, function: RewardFunction, columns: Mapping[str, Sequence[Any]]) -> None:
     try:
-        inspect.signature(function).bind([], [], **dict.fromkeys(columns, []))
+        inspect.signature(function).bind([], [], **{column: [] for column in columns})
     except TypeError as error:
         raise TypeError(
             f"reward {name}: expected a function of (prompts, completions, **columns) with columns "

@@ -51,7 +51,7 @@ class RolloutEngine(Protocol):
 def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> list[list[int]]:
     """Token ids of each prompt, as the engines and the learner both see them.
 
-    Equals [tokenizer(p).input_ids for p in prompts]: a beginning-of-sequence token is there where the tokenizer adds one.
+    Equals [tokenizer(p).input_ids for p in prompts]; a beginning-of-sequence token is there if the tokenizer adds one.
 
     Raises:
         ValueError: a prompt has no tokens, so there is no position to predict the first completion token from.

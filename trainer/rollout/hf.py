@@ -10,10 +10,13 @@ import torch
 from torch import Tensor
 
 from repo_ops.trainer.rollout import Completion, encode_prompts
-from repo_ops.trainer.rollout.sampler import Sampler, check_sampling
+from repo_ops.trainer.rollout.sampler import Sampler, ShareEnded, check_sampling
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+# Share of a batch's sequences at which those that have ended leave it.
+DROP_AT = 0.25
 
 
 class HFGenerate:
@@ -25,12 +28,11 @@ class HFGenerate:
         stop: single characters. A completion ends with the first token whose text holds one of them, or with an
             end-of-sequence token of the model or the tokenizer.
         max_batch_size: most sequences in one batch.
-        autocast_dtype: dtype of autocast while sampling, for example torch.bfloat16. The log-probabilities are then those
-            of the lower-precision model: right as behaviour log-probabilities, but not what the learner computes in
-            float32. None samples in the model's own dtype, whatever autocast surrounds the call.
-        segment: tokens between two looks at which sequences have ended; those leave the batch there.
+        autocast_dtype: dtype of autocast while sampling, for example torch.bfloat16. The log-probabilities are then
+            those of the lower-precision model: right as behaviour log-probabilities, but not what the learner computes
+            in float32. None samples in the model's own dtype, whatever autocast surrounds the call.
     Raises:
-        ValueError: max_batch_size or segment below 1, or a stop string that is not one character.
+        ValueError: max_batch_size below 1, or a stop string that is not one character.
     """
 
     def __init__(
@@ -39,19 +41,16 @@ class HFGenerate:
         tokenizer: PreTrainedTokenizerBase,
         stop: Sequence[str] = ("\n",),
         *,
-        max_batch_size: int = 64,
+        max_batch_size: int = 128,
         autocast_dtype: torch.dtype | None = None,
-        segment: int = 4,
     ) -> None:
-        for name, value in (("max_batch_size", max_batch_size), ("segment", segment)):
-            if value < 1:
-                raise ValueError(f"{name}: expected at least 1, got {value}")
+        if max_batch_size < 1:
+            raise ValueError(f"max_batch_size: expected at least 1, got {max_batch_size}")
         self.model = model
         self.tokenizer = tokenizer
         self.stop = tuple(stop)
         self.max_batch_size = max_batch_size
         self.autocast_dtype = autocast_dtype
-        self.segment = segment
         self.version = 0
         self._stop_ids = stop_token_ids(model, tokenizer, self.stop)
 
@@ -81,7 +80,7 @@ class HFGenerate:
             top_k: keep the k most probable tokens; 0 keeps all.
             top_p: keep the fewest most probable tokens whose probabilities reach p; 1.0 keeps all. With top_k or top_p
                 the log-probabilities are those of the truncated, renormalised distribution.
-            greedy: take the most probable token; its log-probability is still that of the distribution at `temperature`.
+            greedy: take the most probable token; its log-probability is still that of the softmax at `temperature`.
         Raises:
             ValueError: an argument out of range, or a prompt without tokens.
         """
@@ -109,41 +108,43 @@ class HFGenerate:
         distinct, copies = _distinct(prompts)
         ids, mask = _left_pad(distinct, self._pad_id, self.model.device)
         cache = DynamicCache(config=self.model.config)
-        # A prompt is computed once and its keys and values copied to all its samples. Its last token stays behind:
-        # generate needs one to begin with.
-        if ids.shape[1] > 1:
-            positions = (mask.cumsum(1) - 1).clamp_min(0)
-            self.model(
-                input_ids=ids[:, :-1],
-                attention_mask=mask[:, :-1],
-                position_ids=positions[:, :-1],
-                past_key_values=cache,
-                use_cache=True,
-                logits_to_keep=1,
-            )
-            cache.batch_select_indices(copies.to(ids.device))
+        # A prompt is computed once; its logits, keys and values are copied to all its samples.
+        logits = self.model(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=(mask.cumsum(1) - 1).clamp_min(0),
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        ).logits[:, -1]
+        copies = copies.to(ids.device)
+        cache.batch_select_indices(copies)
         ids, mask = ids[copies], mask[copies]
-
-        left = max_new_tokens
+        limit = ids.shape[1] + max_new_tokens
+        sampler.prompt_width = ids.shape[1]
+        new = sampler.draw(ids, logits[copies])[:, None]
         while True:
-            before = ids.shape[1]
-            ids = self.model.generate(
-                ids,
-                attention_mask=mask,
-                past_key_values=cache,
-                logits_processor=[sampler],
-                generation_config=self._generation_config(min(self.segment, left)),
-            )
-            new = ids[:, before:]
-            left -= new.shape[1]
-            live = torch.isin(new, self._stop_ids.to(new.device)).any(1).logical_not().nonzero().squeeze(1)
-            if left == 0 or len(live) == 0:
-                return
+            ids = torch.cat([ids, new], dim=1)
             mask = torch.cat([mask, mask.new_ones(new.shape)], dim=1)
+            live = self._is_stop(new).any(1).logical_not().nonzero().squeeze(1)
+            if ids.shape[1] == limit or len(live) == 0:
+                return
             if len(live) < len(ids):
                 ids, mask = ids[live], mask[live]
                 cache.batch_select_indices(live)
                 sampler.keep(live)
+            # comes back when a share of the sequences has ended, so that these leave the batch
+            new = self.model.generate(
+                ids,
+                attention_mask=mask,
+                past_key_values=cache,
+                logits_processor=[sampler],
+                stopping_criteria=[ShareEnded(self._is_stop, DROP_AT)],
+                generation_config=self._generation_config(limit - ids.shape[1]),
+            )[:, ids.shape[1] :]
+
+    def _is_stop(self, token_ids: Tensor) -> Tensor:
+        return torch.isin(token_ids, self._stop_ids.to(token_ids.device))
 
     def _generation_config(self, max_new_tokens: int) -> Any:
         from transformers import GenerationConfig
@@ -163,9 +164,9 @@ class HFGenerate:
         return self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else int(self._stop_ids[0])
 
     def _completions(self, sampler: Sampler) -> list[Completion]:
-        stops = torch.isin(sampler.token_ids, self._stop_ids.to(sampler.token_ids.device))
+        stops = self._is_stop(sampler.token_ids).tolist()
         out = []
-        for tokens, logps, is_stop in zip(sampler.token_ids.tolist(), sampler.logps.tolist(), stops.tolist()):
+        for tokens, logps, is_stop in zip(sampler.token_ids.tolist(), sampler.logps.tolist(), stops):
             finished = True in is_stop
             length = is_stop.index(True) + 1 if finished else len(tokens)
             text = self.tokenizer.decode(tokens[:length], skip_special_tokens=True)
@@ -210,7 +211,7 @@ def _left_pad(prompts: list[list[int]], pad_id: int, device: torch.device) -> tu
 
 @contextmanager
 def _sampling_mode(model: PreTrainedModel, autocast_dtype: torch.dtype | None) -> Iterator[None]:
-    """Evaluation mode, no gradients, the wanted precision and no generation defaults of the model; all put back after."""
+    """Evaluation mode, no gradients, the wanted precision, no generation defaults of the model; all put back after."""
     from transformers import GenerationConfig
 
     training = [module for module in model.modules() if module.training]

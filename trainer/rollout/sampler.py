@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
-from transformers import LogitsProcessor
+from transformers import LogitsProcessor, StoppingCriteria
 
 
 def check_sampling(num_samples: int, max_new_tokens: int, temperature: float, top_k: int, top_p: float) -> None:
@@ -24,8 +27,8 @@ def check_sampling(num_samples: int, max_new_tokens: int, temperature: float, to
 class Sampler(LogitsProcessor):
     """Token and log-probability of every sequence at every step, drawn from numbers that are given beforehand.
 
-    `generate` is run without sampling: the scores handed back hold one finite entry a row, the token drawn here. So the
-    log-probability is at hand at once, and nothing of size [B, V] outlives the step.
+    `generate` is run without sampling: the scores handed back hold one finite entry a row, the token drawn here. So
+    the log-probability is at hand at once, and nothing of size [B, V] outlives the step.
     """
 
     def __init__(self, *, temperature: float, top_k: int = 0, top_p: float = 1.0, greedy: bool = False) -> None:
@@ -40,24 +43,44 @@ class Sampler(LogitsProcessor):
         self.token_ids = torch.zeros(uniforms.shape, dtype=torch.long, device=uniforms.device)
         self.logps = torch.zeros(uniforms.shape, dtype=torch.float32, device=uniforms.device)
         self.rows = torch.arange(len(uniforms), device=uniforms.device)
-        self.step = 0
+        self.prompt_width = 0
 
     def keep(self, live: Tensor) -> None:
         """Goes on with these of the present sequences only. live: [n] positions among them."""
         self.rows = self.rows[live]
 
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        logps = torch.log_softmax(scores.float() / self.temperature, dim=-1)
+    def draw(self, input_ids: Tensor, logits: Tensor) -> Tensor:
+        """The next token [B] after input_ids [B, T], from logits [B, V]."""
+        # the step follows from the length: generate may compute a step again, or one too many, and drop it
+        step = input_ids.shape[1] - self.prompt_width
+        logps = torch.log_softmax(logits.float() / self.temperature, dim=-1)
         if self.top_k or self.top_p < 1.0:
             logps = truncated(logps, self.top_k, self.top_p)
         if self.greedy:
             chosen = logps.argmax(-1)
         else:
-            chosen = inverse_cdf(logps, self.uniforms[self.rows, self.step])
-        self.token_ids[self.rows, self.step] = chosen
-        self.logps[self.rows, self.step] = logps.gather(1, chosen[:, None]).squeeze(1)
-        self.step += 1
+            chosen = inverse_cdf(logps, self.uniforms[self.rows, step])
+        self.token_ids[self.rows, step] = chosen
+        self.logps[self.rows, step] = logps.gather(1, chosen[:, None]).squeeze(1)
+        return chosen
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        chosen = self.draw(input_ids, scores)
         return torch.full_like(scores, -torch.inf).scatter_(1, chosen[:, None], 0.0)
+
+
+class ShareEnded(StoppingCriteria):
+    """Ends a call of `generate` for all sequences once this share of them has ended."""
+
+    def __init__(self, is_stop: Callable[[Tensor], Tensor], share: float) -> None:
+        self.is_stop = is_stop
+        self.share = share
+        self.ended: Tensor | None = None
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **_: Any) -> Tensor:
+        now = self.is_stop(input_ids[:, -1])
+        self.ended = now if self.ended is None else self.ended | now
+        return (self.ended.float().mean() >= self.share).expand(len(input_ids))
 
 
 def inverse_cdf(logps: Tensor, uniforms: Tensor) -> Tensor:

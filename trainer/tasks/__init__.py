@@ -76,7 +76,7 @@ def task_names() -> list[str]:
 def load_task(name: str, *, train_size: int, heldout_size: int, seed: int = 0, **options: Any) -> Task:
     """The task `name` with so many different problems to train on and so many held out.
 
-    Solved examples in a prompt are never held-out problems, nor twins of the question. Equal arguments give equal tasks.
+    Solved examples in a prompt are never held out, nor twins of the question. Equal arguments give equal tasks.
 
     Args:
         name: one of `task_names()`.
@@ -102,8 +102,9 @@ def load_task(name: str, *, train_size: int, heldout_size: int, seed: int = 0, *
     pool = _different_problems(source.problems(seed, **options), 20 * needed if source.balanced else needed)
     if len(pool) < needed:
         raise ValueError(
-            f"train_size, heldout_size: expected at most {len(pool)} problems of task {name!r} in all, got {train_size} + "
-            f"{heldout_size} (and {source.shots} for solved examples); ask for fewer or widen the task's options"
+            f"train_size, heldout_size: expected at most {len(pool)} problems of task {name!r} in all, got "
+            f"{train_size} + {heldout_size} (solved examples need {source.shots} that are not held out); ask for "
+            f"fewer or widen the task's options"
         )
     rng.shuffle(pool)
     if source.balanced:

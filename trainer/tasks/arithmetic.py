@@ -17,7 +17,7 @@ def products(seed: int, *, digits: int = 1, terms: int = 2) -> Iterator[Problem]
 
 
 def chain_sum(seed: int, *, digits: int = 1, terms: int = 2) -> Iterator[Problem]:
-    """`4 - 7 =`, `4 + 7 =`: the order of the signed terms does not matter. digits: most digits; terms: number of terms."""
+    """`4 - 7 =`: the order of the signed terms does not matter. digits: most digits of a term; terms: their number."""
     for item in _items("chain_sum", seed, max_digits=digits, min_terms=terms, max_terms=terms):
         expression = item["metadata"]["expression"]
         signed = ("+ " + expression).split(" ")
@@ -69,7 +69,12 @@ def _of_two_numbers(name: str, seed: int, max_value: int) -> Iterator[Problem]:
 
 
 def _items(name: str, seed: int, **settings: Any) -> Iterator[dict[str, Any]]:
-    """Items of a reasoning-gym data set without end. Raises ImportError without the package, ValueError on bad settings."""
+    """Items of a reasoning-gym data set without end.
+
+    Raises:
+        ImportError: the package is missing.
+        ValueError: the data set refuses the settings.
+    """
     try:
         import reasoning_gym
     except ImportError as error:
