@@ -66,11 +66,10 @@ def _surrogate(ratio, advantage, low, high, delta):
     """
     positive = advantage > 0
     negative = advantage < 0
-    no_token = ratio != ratio
-    no_token = no_token & (no_token == 0)
-    is_low = no_token
-    is_high = no_token
-    is_delta = no_token
+    never = positive & negative
+    is_low = never
+    is_high = never
+    is_delta = never
     kept = ratio
     if high is not None:
         is_high = positive & (ratio > high)
@@ -171,7 +170,7 @@ def ratio_tokens_kernel(
 @triton.jit
 def _least(a, b):
     """min that keeps a NaN."""
-    return tl.where((a <= b) | (a != a), a, b)
+    return tl.where(a != a, a, tl.where(a <= b, a, b))
 
 
 @triton.jit(do_not_specialize=_RUNTIME, do_not_specialize_on_alignment=[*_POINTERS, "cu_seqlens"])
@@ -193,14 +192,12 @@ def ratio_sequences_kernel(
     lanes = tl.arange(0, BLOCK)
 
     length = tl.maximum(end - begin, 1).to(tl.float32)
-    s = 1.0
-    if not PREFIX:
-        if old_logps is not None:
-            sums = tl.zeros([BLOCK], tl.float32)
-            for start in range(begin, end, BLOCK):
-                tokens = start + lanes
-                sums += _log_ratio(logps, old_logps, tokens, tokens < end)
-            s = tl.exp(tl.sum(sums, axis=0) / length)
+    sums = tl.zeros([BLOCK], tl.float32)
+    if old_logps is not None and not PREFIX:
+        for start in range(begin, end, BLOCK):
+            tokens = start + lanes
+            sums += _log_ratio(logps, old_logps, tokens, tokens < end)
+    s = tl.exp(tl.sum(sums, axis=0) / length)
 
     least = float("inf")
     slopes = tl.zeros([BLOCK], tl.float32)

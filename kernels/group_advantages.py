@@ -20,7 +20,10 @@ def _members(rewards, off_policy, start, end, lanes, OFF: tl.constexpr):
     reward = tl.load(rewards + member, mask=inside, other=0.0)
     if off_policy is not None:
         kind = tl.load(off_policy + member, mask=inside, other=0)
-        inside = inside & ((kind != 0) == OFF)
+        if OFF:
+            inside = inside & (kind != 0)
+        else:
+            inside = inside & (kind == 0)
     return member, reward, inside, inside & (reward == reward)
 
 
@@ -46,7 +49,7 @@ def _write_advantages(
     # into an advantage of 0.06. Covers groups of one and of none.
     varies = tl.min(least, axis=0) < tl.max(most, axis=0)
 
-    scale = 1.0
+    deviation = 1.0
     if NORMALIZE:
         squares = tl.zeros([BLOCK], tl.float32)
         for start in range(begin, end, BLOCK):
@@ -56,11 +59,12 @@ def _write_advantages(
         if UNBIASED:
             degrees = count - 1.0
         variance = tl.sum(squares, axis=0) / tl.maximum(degrees, 1.0)
-        scale = 1.0 / tl.where(varies, tl.sqrt(variance) + eps, 1.0)
+        deviation = tl.where(varies, tl.sqrt(variance) + eps, 1.0)
+    scale = tl.where(varies, 1.0 / deviation, 0.0)
 
     for start in range(begin, end, BLOCK):
         member, reward, inside, valid = _members(rewards, off_policy, start, end, lanes, OFF)
-        tl.store(advantages + member, tl.where(valid & varies, (reward - mean) * scale, 0.0), mask=inside)
+        tl.store(advantages + member, tl.where(valid, (reward - mean) * scale, 0.0), mask=inside)
 
 
 @triton.jit(

@@ -72,9 +72,10 @@ def _finish_logits(raw, bias, columns, mask, logit_scale, softcap, inv_temperatu
 
 @triton.jit
 def _fold(z, m, s, u, q, ENTROPY: tl.constexpr, SUM_P2: tl.constexpr):
-    """One more logit for each lane's running max m, s = sum e^(z-m), u = sum e^(z-m) (z-m), q = sum e^(2(z-m)).
+    """One more logit for each lane's running max m, s = sum e^(z-m) - 1, u = sum e^(z-m) (z-m), q = sum e^(2(z-m)).
 
-    One exp a logit: whichever of z and m is larger becomes the max, and the same e^-|z-m| scales the other side.
+    One exp a logit: whichever of z and m is larger becomes the max, and the same e^-|z-m| scales the other side. s leaves
+    out the 1 of the max itself, so that a peaked row keeps the digits of what lies beside its peak. It starts at -1.
     """
     # -inf carries no mass; its distance is made finite because (-inf) - (-inf) and 0 * -inf are NaN. A NaN logit takes the
     # first branch and poisons s, so it is not lost. e^-200 is 0 in float32.
@@ -83,12 +84,31 @@ def _fold(z, m, s, u, q, ENTROPY: tl.constexpr, SUM_P2: tl.constexpr):
     e = tl.exp(-tl.abs(d))
     rises = d > 0
     if ENTROPY:
-        u = tl.where(rises, e * (u - s * d), u + e * d)
+        u = tl.where(rises, e * (u - (s + 1.0) * d), u + e * d)
     if SUM_P2:
         q = tl.where(rises, q * e * e + 1.0, q + e * e)
-    s = tl.where(rises, s * e + 1.0, s + e)
+    s = tl.where(rises, (s + 1.0) * e, s + e)
     m = tl.where(rises, z, m)
     return m, s, u, q
+
+
+@triton.jit
+def _log1p(x):
+    """log(1 + x) of a scalar x >= 0 to float32 precision: 2 atanh(x / (2 + x)) below 0.5, where 1 + x drops digits of x."""
+    t = x / (2.0 + x)
+    t2 = t * t
+    series = 2.0 * t * (1.0 + t2 * (1.0 / 3.0 + t2 * (1.0 / 5.0 + t2 * (1.0 / 7.0 + t2 / 9.0))))
+    return tl.where(x < 0.5, series, tl.log(1.0 + x))
+
+
+@triton.jit
+def _one_minus_exp(x):
+    """1 - e^x of a scalar x <= 0 to float32 precision; the Taylor series to x^8 above -0.35."""
+    series = 1.0 + x / 7.0 * (1.0 + x / 8.0)
+    series = 1.0 + x / 5.0 * (1.0 + x / 6.0 * series)
+    series = 1.0 + x / 3.0 * (1.0 + x / 4.0 * series)
+    series = -x * (1.0 + x / 2.0 * series)
+    return tl.where(x > -0.35, series, 1.0 - tl.exp(x))
 
 
 @triton.jit
@@ -135,7 +155,7 @@ def row_stats_kernel(
         inv_t = tl.load(inv_temperature + row)
 
     m = tl.full([BLOCK], float("-inf"), tl.float32)
-    s = tl.zeros([BLOCK], tl.float32)
+    s = tl.full([BLOCK], -1.0, tl.float32)
     # What is not asked for is carried through the loop as one scalar that nothing changes
     with_entropy: tl.constexpr = entropy is not None
     with_sum_p2: tl.constexpr = sum_p2 is not None
@@ -173,10 +193,12 @@ def row_stats_kernel(
     peak = tl.max(m, axis=0)
     lag = tl.where(m == float("-inf"), -200.0, m - peak)
     scale = tl.exp(lag)
-    total = tl.sum(s * scale, axis=0)
-    log_total = tl.log(total)
-    # total >= 1, because the largest logit adds exactly 1; lg2.approx may return -1e-7 beside 1. Comparisons keep NaN.
-    log_total = tl.where(log_total < 0, 0.0, log_total)
+    # Lanes at the peak add exactly 1 each; one of these ones stays outside the sum, for the sake of log1p
+    at_peak = lag == 0
+    beside = tl.sum(tl.where(at_peak, s, (s + 1.0) * scale), axis=0)
+    beside += tl.sum(tl.where(at_peak, 1.0, 0.0), axis=0) - 1.0
+    total = 1.0 + beside
+    log_total = _log1p(beside)
 
     target = tl.load(targets + row)
     known = (target >= 0) & (target < V)
@@ -192,7 +214,7 @@ def row_stats_kernel(
     tl.store(log_sum + row, log_total)
     if entropy is not None:
         # a lane whose scale underflowed has lag < -100: its share of the mean is 0, not 0 * large
-        mean = tl.sum(tl.where(scale == 0, 0.0, (u + s * lag) * scale), axis=0) / total
+        mean = tl.sum(tl.where(scale == 0, 0.0, (u + (s + 1.0) * lag) * scale), axis=0) / total
         h = log_total - mean
         tl.store(entropy + row, tl.where(h < 0, 0.0, h))
     if sum_p2 is not None:
@@ -201,14 +223,16 @@ def row_stats_kernel(
 
 @triton.jit
 def _block_gradient(
-    raw, columns, mask, bias, target, dlogp, dent, peak, log_total, h, logit_scale, softcap, inv_t, DENTROPY: tl.constexpr
-):
+    raw, columns, mask, bias, target, miss, dlogp, dent, peak, log_total, h, logit_scale, softcap, inv_t,
+    DENTROPY: tl.constexpr,
+):  # fmt: skip
     """d loss / d raw of a block, float32."""
     z = _finish_logits(raw, bias, columns, mask, logit_scale, softcap, inv_t)
     log_p = (z - peak) - log_total
     p = tl.exp(log_p)
-    # 1 - p is formed here, in float32: bfloat16(p) - 1 is exactly 0 from p = 0.998 on
-    g = dlogp * (tl.where(columns == target, 1.0, 0.0) - p)
+    # the target's 1 - p comes ready from its log-probability: float32(p) - 1 keeps few digits near p = 1 and a p rounded to
+    # bfloat16 none from 0.998 on
+    g = dlogp * tl.where(columns == target, miss, -p)
     if DENTROPY:
         # p log p -> 0 with p; the product 0 * -inf is not formed
         g -= dent * tl.where(p == 0, 0.0, p * (log_p + h))
@@ -229,6 +253,7 @@ _GRADS_POINTERS = [
     "targets",
     "bias",
     "inv_temperature",
+    "logps",
     "row_max",
     "log_sum",
     "entropy",
@@ -247,6 +272,7 @@ def row_grads_kernel(
     inv_temperature_value,
     logit_scale,
     softcap,  # float or None
+    logps,  # [C] float32
     row_max,  # [C] float32
     log_sum,  # [C] float32
     entropy,  # [C] float32 or None, with dentropy
@@ -298,6 +324,7 @@ def row_grads_kernel(
         peak = tl.load(row_max + row)
         log_total = tl.load(log_sum + row)
         target = tl.load(targets + row).to(tl.int32)
+        miss = _one_minus_exp(tl.load(logps + row))
         if not ALIGNED:
             columns = lanes - lead
             mask = (columns >= 0) & (columns < V)
@@ -305,8 +332,9 @@ def row_grads_kernel(
             if narrow:
                 tl.debug_barrier()
             g = _block_gradient(
-                raw, columns, mask, bias, target, dlogp, dent, peak, log_total, h, logit_scale, softcap, inv_t, has_dentropy
-            )
+                raw, columns, mask, bias, target, miss, dlogp, dent, peak, log_total, h, logit_scale, softcap, inv_t,
+                has_dentropy,
+            )  # fmt: skip
             tl.store(out_start + columns, g.to(out_type), mask=mask)
         for start in range(first_whole, end_whole, BLOCK):
             columns = start - lead + lanes
@@ -314,8 +342,9 @@ def row_grads_kernel(
             if narrow:
                 tl.debug_barrier()
             g = _block_gradient(
-                raw, columns, None, bias, target, dlogp, dent, peak, log_total, h, logit_scale, softcap, inv_t, has_dentropy
-            )
+                raw, columns, None, bias, target, miss, dlogp, dent, peak, log_total, h, logit_scale, softcap, inv_t,
+                has_dentropy,
+            )  # fmt: skip
             if narrow and not ALIGNED:
                 # half-size elements counted from an unaligned start: no 16-byte promise can be made
                 tl.store(out_start + columns, g.to(out_type))
@@ -327,8 +356,9 @@ def row_grads_kernel(
         if narrow:
             tl.debug_barrier()
         g = _block_gradient(
-            raw, columns, mask, bias, target, dlogp, dent, peak, log_total, h, logit_scale, softcap, inv_t, has_dentropy
-        )
+            raw, columns, mask, bias, target, miss, dlogp, dent, peak, log_total, h, logit_scale, softcap, inv_t,
+            has_dentropy,
+        )  # fmt: skip
         tl.store(out_start + columns, g.to(out_type), mask=mask)
     else:
         for start in range(0, V, BLOCK):
@@ -477,6 +507,7 @@ def grads_launch(
         raise ValueError("stats: expected entropy where dentropy is given, got None; call row_stats with with_entropy=True")
     out = _output_view(tile, tile.dtype if out_dtype is None else out_dtype)
     vectors = {
+        "logps": stats.logps,
         "row_max": stats.row_max,
         "log_sum": stats.log_sum,
         "entropy": stats.entropy if dentropy is not None else None,
