@@ -71,13 +71,8 @@ def check_float(name: str, value: Tensor) -> None:
         raise TypeError(f"{name}: expected a floating dtype, got {value.dtype}")
 
 
-def exact_dtype(*values: Tensor) -> torch.dtype:
-    """float64 if one of `values` is, else float32."""
-    return torch.float64 if any(getattr(v, "dtype", None) == torch.float64 for v in values) else torch.float32
-
-
 def check_values(name: str, ok: Tensor, expected: str, remedy: str) -> None:
-    """Refuse values for which `ok` (0-d bool) is False, at once on a CPU and without waiting for the device elsewhere."""
+    """Refuse values for which `ok` (0-d bool) is False, at once on a CPU, without waiting for the device elsewhere."""
     message = f"{name}: expected {expected}; {remedy}"
     if ok.device.type == "cpu":
         if not bool(ok):
@@ -140,6 +135,10 @@ def head_inputs(
             if not isinstance(value, Tensor):
                 raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
             check_float(name, value)
+            if value.device != targets.device:
+                raise ValueError(
+                    f"{name}: expected device {targets.device} like targets, got {value.device}; move it there first"
+                )
     if weight.ndim != 2:
         raise ValueError(f"weight: expected shape [V, D] like lm_head.weight, got {list(weight.shape)}")
     if tuple(hidden.shape[:-1]) != where.shape or hidden.ndim != len(where.shape) + 1:
@@ -188,9 +187,7 @@ def _inv_temperature(temperature: float | Tensor, where: Layout, device: torch.d
     if temperature.ndim == 0:
         temperature = temperature.expand(where.shape)
     check_float("temperature", temperature)
-    if temperature.ndim == 1 and where.num_sequences is not None and tuple(temperature.shape) != where.shape:
-        check_shape("temperature", temperature, (where.num_sequences,), "the sequences, or the shape of targets")
-        assert where.owner is not None
+    if where.owner is not None and tuple(temperature.shape) == (where.num_sequences,):
         live = temperature.to(device)[where.owner]
     else:
         check_shape("temperature", temperature, where.shape, "targets")
@@ -202,7 +199,7 @@ def _inv_temperature(temperature: float | Tensor, where: Layout, device: torch.d
 
 
 def _sequence_lengths(cu_seqlens: Tensor, num_tokens: int) -> Tensor:
-    """[B] lengths from [B + 1] boundaries; they are host data in every packer, so reading them on a CPU costs nothing."""
+    """[B] lengths from [B + 1] boundaries."""
     if (
         not isinstance(cu_seqlens, Tensor)
         or cu_seqlens.ndim != 1

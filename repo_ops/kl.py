@@ -10,6 +10,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from repo_ops.tokens import Tokens
+
 
 def k1(logps: Tensor, ref_logps: Tensor) -> Tensor:
     """-x: unbiased value, may be negative; its gradient is 1 whatever the reference."""
@@ -27,4 +29,44 @@ def k3(logps: Tensor, ref_logps: Tensor) -> Tensor:
     return torch.expm1(x) - x
 
 
-KL: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"k1": k1, "k2": k2, "k3": k3}
+def absolute(logps: Tensor, ref_logps: Tensor) -> Tensor:
+    """|x|; gradient -sign(x), 0 at x = 0."""
+    return (ref_logps - logps).abs()
+
+
+def k3_plus(logps: Tensor, ref_logps: Tensor) -> Tensor:
+    """The value of k3 with the gradient of k2 (straight-through)."""
+    gradient = k2(logps, ref_logps)
+    return gradient + (k3(logps, ref_logps) - gradient).detach()
+
+
+def unbiased(logps: Tensor, ref_logps: Tensor, old_logps: Tensor) -> Tensor:
+    """r k3 with r = exp(logps - old_logps) attached; gradient -r x, unbiased where tokens come from the old policy.
+
+    Source: DeepSeek-V3.2, arXiv 2512.02556; TRL's `use_bias_correction_kl`.
+    """
+    return (logps - old_logps).exp() * k3(logps, ref_logps)
+
+
+def _of_two(estimator: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tokens], Tensor]:
+    def penalty(tokens: Tokens) -> Tensor:
+        assert tokens.ref_logps is not None
+        return estimator(tokens.logps, tokens.ref_logps)
+
+    return penalty
+
+
+def _unbiased(tokens: Tokens) -> Tensor:
+    assert tokens.ref_logps is not None
+    return unbiased(tokens.logps, tokens.ref_logps, tokens.old_logps)
+
+
+KL: dict[str, Callable[[Tokens], Tensor]] = {
+    "k1": _of_two(k1),
+    "k2": _of_two(k2),
+    "k3": _of_two(k3),
+    "abs": _of_two(absolute),
+    "k3_plus": _of_two(k3_plus),
+    "unbiased": _unbiased,
+}
+"""Estimators by name, [N] of Tokens, attached to tokens.logps."""

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from repo_ops import arguments
-from repo_ops.head import sweep
-from repo_ops.head.inputs import HeadInputs
+from repo_ops.head import gemm, sweep
+from repo_ops.head.inputs import HeadInputs, RowStats
 from repo_ops.head.plan import Plan, make_plan
 from repo_ops.options import Options
 
@@ -72,7 +72,8 @@ class _LinearLogps(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, head: HeadInputs, plan: Plan, with_entropy: bool
     ) -> tuple[Tensor, Tensor | None]:
-        stats = sweep.statistics(head, plan, with_entropy=with_entropy)
+        with gemm.without_autocast(hidden):
+            stats = sweep.statistics(head, plan, with_entropy=with_entropy)
         ctx.save_for_backward(hidden, weight, bias, *stats)
         ctx.head, ctx.plan = head, plan
         ctx.set_materialize_grads(False)
@@ -84,8 +85,9 @@ class _LinearLogps(torch.autograd.Function):
         *_, logps, row_max, log_sum, entropy = ctx.saved_tensors
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
         grads = sweep.Gradients(ctx.head, need_hidden, need_weight, need_bias)
-        stats = sweep.RowStats(logps, row_max, log_sum, entropy)
+        stats = RowStats(logps, row_max, log_sum, entropy)
         if dlogps is None:
             dlogps = torch.zeros_like(logps)
-        sweep.gradients(ctx.head, ctx.plan, stats, dlogps, dentropy, grads)
+        with gemm.without_autocast(logps):
+            sweep.gradients(ctx.head, ctx.plan, stats, dlogps, dentropy, grads)
         return (*grads.finish(), None, None, None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,8 +11,8 @@ from torch import Tensor
 
 from repo_ops import arguments
 from repo_ops.arguments import Layout
-from repo_ops.head import sweep
-from repo_ops.head.inputs import HeadInputs, RowStats
+from repo_ops.head import gemm, sweep
+from repo_ops.head.inputs import HeadInputs, RowStats, exact_dtype
 from repo_ops.head.plan import Plan, make_plan
 from repo_ops.loss_inputs import LossInputs, ObjectiveLike, PolicyLoss, loss_inputs
 from repo_ops.metrics import Stat
@@ -32,6 +33,7 @@ def linear_policy_loss(
     old_logps: Tensor | None = None,
     ref_logps: Tensor | None = None,
     sampler_logps: Tensor | None = None,
+    extras: Mapping[str, Tensor] | None = None,
     off_policy: Tensor | None = None,
     off_policy_coef: float = 1.0,
     num_items: NumItemsLike | None = None,
@@ -57,7 +59,10 @@ def linear_policy_loss(
         mask: 1 for tokens that count, in the shape of targets.
         old_logps: log-probabilities at the start of the step, or those stored with replayed rows. None: on-policy, the
             ratio is 1 with the gradient of the current policy.
-        ref_logps: log-probabilities of the frozen reference (objective with beta > 0). sampler_logps: of the engine.
+        ref_logps: log-probabilities of the frozen reference (objective with beta > 0).
+        sampler_logps: those that the engine reported. A token where they are not finite has no policy loss under an
+            objective that reads them; it stays in the denominators.
+        extras: whatever else the objective reads, by name: [B], or the shape of targets and more axes.
         off_policy: [B] bool, True for replayed rows: the loss is J_on + off_policy_coef * J_off.
         num_items: what the whole step is divided by, when this call is one of several (micro-batches, ranks): a number
             (tokens for token-mean reductions, else sequences), a pair (on_policy, off_policy), or NumItems. The losses
@@ -80,11 +85,12 @@ def linear_policy_loss(
         old_logps=old_logps,
         ref_logps=ref_logps,
         sampler_logps=sampler_logps,
+        extras=extras,
         off_policy=off_policy,
         off_policy_coef=off_policy_coef,
         num_items=num_items,
         drop_zero_advantage=not options.all_logps,
-        dtype=arguments.exact_dtype(hidden, weight),
+        dtype=exact_dtype(hidden, weight),
     )
     head = arguments.head_inputs(
         hidden,
@@ -96,7 +102,7 @@ def linear_policy_loss(
         softcap=softcap,
         logit_scale=logit_scale,
     )
-    call = _Call(head, inputs, make_plan(head, options), bool(chosen.entropy_coef) or "entropy" in chosen.requires)
+    call = _Call(head, inputs, make_plan(head, options), "entropy" in chosen.reads)
     loss, logps, entropy = _LinearPolicyLoss.apply(head.hidden, weight, bias, call, torch.is_grad_enabled())
     tokens = inputs.tokens(logps, entropy, slice(None), inputs.lengths)
     metrics = loss_metrics(chosen, tokens)
@@ -121,7 +127,8 @@ class _LinearPolicyLoss(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         needs = [grad_enabled and need for need in ctx.needs_input_grad[:3]]
         grads = sweep.Gradients(call.head, *needs)
-        loss, stats = _sweep(call, grads)
+        with gemm.without_autocast(hidden):
+            loss, stats = _sweep(call, grads)
         ctx.grads = grads.finish()
         ctx.mark_non_differentiable(stats.logps, *([] if stats.entropy is None else [stats.entropy]))
         return loss, stats.logps, stats.entropy
@@ -165,15 +172,18 @@ def _sweep(call: _Call, grads: sweep.Gradients) -> tuple[Tensor, RowStats]:
 
 
 def _chunks(call: _Call) -> dict[tuple[int, int], Tensor | None] | None:
-    """(first row, end) -> lengths of the whole sequences in a chunk that its objective can judge by itself (None: of
-    scope "token", sequences may be cut); None where there are no such chunks and coefficients need a sweep of their own."""
-    scope, lengths, plan, num_rows = call.inputs.objective.scope, call.inputs.lengths, call.plan, call.head.num_rows
+    """(first row, end) -> lengths of the whole sequences in a chunk that its objective can judge by itself.
+
+    Lengths are None for scope "token", which may cut sequences. None where there are no such chunks, so that
+    coefficients need a sweep of their own.
+    """
+    scope, lengths, plan, num_rows = call.inputs.objective.reach, call.inputs.lengths, call.plan, call.head.num_rows
     if scope == "token":
         return {(chunk.start, chunk.stop): None for chunk in plan.chunks(num_rows)}
+    if scope == "batch" and (num_rows > plan.rows or not num_rows):
+        return None  # an empty micro-batch too takes part in statistics over ranks
     if num_rows <= plan.rows:
         return {(0, num_rows): lengths} if num_rows else {}
-    if scope == "batch":
-        return None
     chunks = plan.sequence_chunks(lengths.tolist())
     return None if chunks is None else {(r.start, r.stop): lengths[sequences] for r, sequences in chunks}
 

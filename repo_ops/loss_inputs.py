@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
@@ -47,6 +47,7 @@ class LossInputs:
     ref_logps: Tensor | None
     sampler_logps: Tensor | None
     off_policy: Tensor | None
+    extras: Mapping[str, Tensor] = field(default_factory=dict)
 
     def tokens(self, logps: Tensor, entropy: Tensor | None, rows: slice, lengths: Tensor | None) -> Tokens:
         """Some live tokens with their log-probabilities; `lengths` of the whole sequences among them, or None."""
@@ -54,15 +55,23 @@ class LossInputs:
         def take(values: Tensor | None) -> Tensor | None:
             return None if values is None else values[rows]
 
+        old_logps = logps.detach() if self.old_logps is None else self.old_logps[rows]
+        sampler_logps, sampler_known = take(self.sampler_logps), None
+        if sampler_logps is not None:
+            # exp of a non-finite number would poison the sum over its sequence
+            sampler_known = sampler_logps.isfinite()
+            sampler_logps = torch.where(sampler_known, sampler_logps, old_logps)
         return Tokens(
             logps=logps,
-            old_logps=logps.detach() if self.old_logps is None else self.old_logps[rows],
+            old_logps=old_logps,
             advantages=self.advantages[rows],
             lengths=lengths,
             ref_logps=take(self.ref_logps),
-            sampler_logps=take(self.sampler_logps),
+            sampler_logps=sampler_logps,
+            sampler_known=sampler_known,
             entropy=entropy,
             off_policy=take(self.off_policy),
+            extras={name: values[rows] for name, values in self.extras.items()},
         )
 
 
@@ -74,6 +83,7 @@ def loss_inputs(
     old_logps: Tensor | None,
     ref_logps: Tensor | None,
     sampler_logps: Tensor | None,
+    extras: Mapping[str, Tensor] | None,
     off_policy: Tensor | None,
     off_policy_coef: float,
     num_items: NumItemsLike | None,
@@ -98,15 +108,21 @@ def loss_inputs(
                 "old_logps: expected the log-probabilities stored when replayed rows were sampled, got None; "
                 "without them their ratio would silently be 1"
             )
-    if not 0 <= off_policy_coef < float("inf"):
-        raise ValueError(f"off_policy_coef: expected a finite number >= 0, got {off_policy_coef}")
+    if not 0 < off_policy_coef < float("inf"):
+        raise ValueError(
+            f"off_policy_coef: expected a finite number > 0, got {off_policy_coef}; leave replayed rows out instead"
+        )
     given = {"old_logps": old_logps, "ref_logps": ref_logps, "sampler_logps": sampler_logps}
-    needed = {*objective.requires, *(["ref_logps"] if objective.beta else [])} & set(given)
     live: dict[str, Tensor | None] = {}
     for name, values in given.items():
-        if values is None and name in needed:
+        if values is None and name in objective.reads:
             raise ValueError(f"{name}: expected a tensor, which this objective reads, got None")
         live[name] = None if values is None else _live_logps(name, values, where)
+    named = {name: _extra(name, values, where, num_sequences, owner) for name, values in (extras or {}).items()}
+    if missing := sorted(objective.reads - {*given, "entropy", *named}):
+        raise ValueError(
+            f"extras: expected {', '.join(map(repr, missing))}, which this objective reads, got {[*named]}"
+        )
     sequence_weights = SequenceWeights.of(
         objective,
         lengths,
@@ -123,10 +139,9 @@ def loss_inputs(
         lengths,
         **live,
         off_policy=None if off_policy is None else off_policy[owner],
+        extras=named,
     )
-    zero_is_known = objective.zero_at_zero_advantage and not objective.beta and not objective.entropy_coef
-    # a sequence or a batch must be seen whole
-    return _without_zero_advantage(found) if drop_zero_advantage and zero_is_known else found
+    return _without_zero_advantage(found) if drop_zero_advantage and objective.skips_zero_advantage else found
 
 
 def _with_sequences(where: Layout) -> tuple[Layout, int, Tensor, Tensor]:
@@ -145,7 +160,7 @@ def _advantages(advantages: Tensor, where: Layout, num_sequences: int, owner: Te
     if advantages.requires_grad:
         raise ValueError("advantages: expected constants, got a tensor that requires grad; detach it")
     advantages = advantages.to(owner.device)
-    if tuple(advantages.shape) == (num_sequences,) and (len(where.shape) == 2 or where.shape != (num_sequences,)):
+    if tuple(advantages.shape) == (num_sequences,):  # also where there happen to be as many packed tokens
         per_token = advantages[owner]
     elif tuple(advantages.shape) == where.shape:
         per_token = where.take(advantages)
@@ -167,8 +182,25 @@ def _live_logps(name: str, values: Tensor, where: Layout) -> Tensor:
     arguments.check_shape(name, values, where.shape, "targets", "drop the log-probability of the first prompt token")
     arguments.check_float(name, values)
     live = where.take(values.detach())
-    arguments.check_values(name, ~live.isnan().any(), "numbers where mask is 1, got NaN", "mask those tokens")
+    if name != "sampler_logps":  # an engine that reports NaN loses that token, not the step
+        arguments.check_values(name, ~live.isnan().any(), "numbers where mask is 1, got NaN", "mask those tokens")
     return live.to(torch.promote_types(live.dtype, torch.float32))
+
+
+def _extra(name: str, values: Tensor, where: Layout, num_sequences: int, owner: Tensor) -> Tensor:
+    """[N, ...] of the live tokens, from one value per sequence [B] or per token (shape of targets, and more axes)."""
+    if not isinstance(values, Tensor):
+        raise TypeError(f"extras[{name!r}]: expected a tensor, got {type(values).__name__}")
+    values, tokens = values.detach().to(owner.device), len(where.shape)
+    if tuple(values.shape) == (num_sequences,) and (tokens == 2 or where.shape != (num_sequences,)):
+        return values[owner]
+    if tuple(values.shape[:tokens]) != where.shape:
+        raise ValueError(
+            f"extras[{name!r}]: expected shape [{num_sequences}], one per sequence, or {list(where.shape)} and more "
+            f"axes, one per token, got {list(values.shape)}"
+        )
+    flat = values.reshape(-1, *values.shape[tokens:])
+    return flat if where.rows is None else flat.index_select(0, where.rows)
 
 
 def _without_zero_advantage(inputs: LossInputs) -> LossInputs:
@@ -179,9 +211,9 @@ def _without_zero_advantage(inputs: LossInputs) -> LossInputs:
     alive = inputs.advantages != 0
     owner = inputs.where.owner
     assert owner is not None
-    if inputs.objective.scope == "batch":
+    if inputs.objective.reach == "batch":
         return inputs
-    if inputs.objective.scope == "sequence":
+    if inputs.objective.reach == "sequence":
         count = torch.zeros(len(inputs.lengths), dtype=torch.int64, device=owner.device).index_add(
             0, owner, alive.long()
         )
@@ -192,14 +224,15 @@ def _without_zero_advantage(inputs: LossInputs) -> LossInputs:
     def take(values: Tensor | None) -> Tensor | None:
         return None if values is None else values[alive]
 
-    return LossInputs(
-        inputs.objective,
-        where,
-        TokenWeights(*(w[alive] for w in inputs.weights)),
-        inputs.advantages[alive],
-        torch.bincount(where.owner, minlength=len(inputs.lengths)),
-        take(inputs.old_logps),
-        take(inputs.ref_logps),
-        take(inputs.sampler_logps),
-        take(inputs.off_policy),
+    return replace(
+        inputs,
+        where=where,
+        weights=TokenWeights(*(w[alive] for w in inputs.weights)),
+        advantages=inputs.advantages[alive],
+        lengths=torch.bincount(where.owner, minlength=len(inputs.lengths)),
+        old_logps=take(inputs.old_logps),
+        ref_logps=take(inputs.ref_logps),
+        sampler_logps=take(inputs.sampler_logps),
+        off_policy=take(inputs.off_policy),
+        extras={name: values[alive] for name, values in inputs.extras.items()},
     )

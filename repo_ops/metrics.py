@@ -13,7 +13,7 @@ class Stat(NamedTuple):
     """A sum and the number of items in it, both detached 0-d tensors; names ending in _max or _min hold an extreme."""
 
     total: Tensor
-    count: Tensor
+    count: Tensor  # type: ignore[assignment]  # tuple.count is of no use here
 
 
 Metrics = dict[str, Stat]

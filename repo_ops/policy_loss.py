@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from torch import Tensor
 
 from repo_ops import arguments
+from repo_ops.head.inputs import exact_dtype
 from repo_ops.loss_inputs import ObjectiveLike, PolicyLoss, loss_inputs
 from repo_ops.objectives import as_objective
 from repo_ops.reduce import NumItemsLike
@@ -20,6 +23,7 @@ def policy_loss(
     old_logps: Tensor | None = None,
     ref_logps: Tensor | None = None,
     sampler_logps: Tensor | None = None,
+    extras: Mapping[str, Tensor] | None = None,
     entropy: Tensor | None = None,
     off_policy: Tensor | None = None,
     off_policy_coef: float = 1.0,
@@ -44,11 +48,12 @@ def policy_loss(
         old_logps=old_logps,
         ref_logps=ref_logps,
         sampler_logps=sampler_logps,
+        extras=extras,
         off_policy=off_policy,
         off_policy_coef=off_policy_coef,
         num_items=num_items,
         drop_zero_advantage=False,
-        dtype=arguments.exact_dtype(logps),
+        dtype=exact_dtype(logps),
     )
     live = where.take(logps)
     arguments.check_values(
@@ -58,7 +63,7 @@ def policy_loss(
     if entropy is not None:
         arguments.check_shape("entropy", entropy, logps.shape, "logps")
         live_entropy = where.take(entropy)
-    elif chosen.entropy_coef or "entropy" in chosen.requires:
+    elif "entropy" in chosen.reads:
         raise ValueError("entropy: expected a tensor, which this objective reads, got None")
     tokens = inputs.tokens(live, live_entropy, slice(None), inputs.lengths)
     loss = step_loss(chosen, tokens, inputs.weights)

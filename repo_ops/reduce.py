@@ -6,6 +6,7 @@ first logit, and micro-batches or ranks that share the step's counts (`NumItems`
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import torch
@@ -39,15 +40,10 @@ class NumItems:
     @classmethod
     def of(cls, lengths: Tensor, off_policy: Tensor | None = None) -> NumItems:
         """Counts of sequences with `lengths` [B] live tokens, `off_policy` [B] bool marking replayed ones."""
-        tokens = lengths.to(torch.float32)
         if off_policy is None:
-            return cls(len(lengths), tokens.sum())
-        return cls(
-            (~off_policy).sum(),
-            torch.where(off_policy, 0.0, tokens).sum(),
-            off_policy.sum(),
-            torch.where(off_policy, tokens, 0.0).sum(),
-        )
+            return cls(len(lengths), lengths.sum())
+        on, off = torch.where(off_policy, 0, lengths), torch.where(off_policy, lengths, 0)
+        return cls((~off_policy).sum(), on.sum(), off_policy.sum(), off.sum())
 
     def __add__(self, other: NumItems) -> NumItems:
         return NumItems(
@@ -77,21 +73,31 @@ def resolve_num_items(
     if num_items is None:
         return NumItems.of(lengths, off_policy)
     if isinstance(num_items, NumItems):
+        _check_off_policy_counts(num_items, off_policy)
         return num_items
     pair = num_items if isinstance(num_items, tuple) else (num_items,)
     if not all(isinstance(n, int | float) or (isinstance(n, Tensor) and n.ndim == 0) for n in pair):
         raise TypeError(
             f"num_items: expected a number, a pair (on_policy, off_policy) or NumItems, got {type(num_items).__name__}"
         )
-    if any(isinstance(n, int | float) and n < 0 for n in pair):
-        raise ValueError(f"num_items: expected counts >= 0, got {num_items}")
+    if any(isinstance(n, int | float) and not 0 <= n < float("inf") for n in pair):
+        raise ValueError(f"num_items: expected finite counts >= 0, got {num_items}")
     if len(pair) != (1 if off_policy is None else 2):
         expected = "one number" if off_policy is None else "a pair (on_policy, off_policy) because off_policy is given"
         raise ValueError(f"num_items: expected {expected}, got {num_items}")
-    on, off = (pair[0], 0) if off_policy is None else pair
+    on, off = pair[0], 0 if off_policy is None else pair[-1]
     if counts_tokens(reduction):
         return NumItems(float("nan"), on, float("nan"), off)
     return NumItems(on, float("nan"), off, float("nan"))
+
+
+def _check_off_policy_counts(num_items: NumItems, off_policy: Tensor | None) -> None:
+    counts = dataclasses.astuple(num_items)
+    if any(isinstance(n, int | float) and not (0 <= n < float("inf")) for n in counts):
+        raise ValueError(f"num_items: expected finite counts >= 0, got {num_items}")
+    uncounted = isinstance(num_items.off_policy_sequences, int | float) and num_items.off_policy_sequences == 0
+    if off_policy is not None and uncounted and off_policy.device.type == "cpu" and bool(off_policy.any()):
+        raise ValueError(f"num_items: expected the counts of replayed rows too, got {num_items}; use NumItems.of")
 
 
 def sequence_weights(

@@ -79,14 +79,30 @@ class TokenWeights(NamedTuple):
 
 def step_loss(objective: Objective, tokens: Tokens, weights: TokenWeights) -> Tensor:
     """0-d: the tokens' share of the step's loss, attached to tokens.logps and tokens.entropy."""
-    loss = _weighted_sum(weights.policy, objective(tokens))
+    loss = _weighted_sum(weights.policy, policy_losses(objective, tokens))
     if objective.beta:
-        assert tokens.ref_logps is not None
-        loss = loss + objective.beta * _weighted_sum(weights.kl, KL[objective.kl](tokens.logps, tokens.ref_logps))
+        # a replayed token has no KL, so its reference must not be able to overflow (0 * inf in the backward)
+        ref_logps = torch.where(weights.kl != 0, tokens.ref_logps, tokens.logps.detach())
+        loss = loss + objective.beta * _weighted_sum(weights.kl, KL[objective.kl](replace(tokens, ref_logps=ref_logps)))
     if objective.entropy_coef:
         assert tokens.entropy is not None
         loss = loss - objective.entropy_coef * _weighted_sum(weights.on_policy, tokens.entropy)
     return loss
+
+
+def policy_losses(objective: Objective, tokens: Tokens) -> Tensor:
+    """[N] per-token losses with the objective's modifiers, attached; 0 where a modifier is, even if they overflowed.
+
+    A token without a finite sampler log-probability carries none where the objective reads them: that token only, and
+    it stays in the denominators.
+    """
+    losses = objective(tokens)
+    factors = [modifier(tokens) for modifier in objective.modifiers]
+    if tokens.sampler_known is not None and "sampler_logps" in objective.reads:
+        factors.append(tokens.sampler_known.to(losses.dtype))
+    for factor in factors:
+        losses = torch.where(factor != 0, factor * losses, 0.0)
+    return losses
 
 
 class Coefficients(NamedTuple):
@@ -124,13 +140,15 @@ def loss_metrics(objective: Objective, tokens: Tokens) -> Metrics:
         found = objective.metrics(tokens)
         on_policy = None if tokens.off_policy is None else ~tokens.off_policy
         if tokens.ref_logps is not None:
-            found["kl"] = stat(KL[objective.kl](tokens.logps, tokens.ref_logps), on_policy)
+            found["kl"] = stat(KL[objective.kl](tokens), on_policy)
         if tokens.entropy is not None:
             found["entropy"] = stat(tokens.entropy, on_policy)
         if tokens.sampler_logps is not None:
             gap = tokens.old_logps - tokens.sampler_logps
-            found["sampler_ratio"] = stat(gap.exp())
-            found["sampler_gap_abs"] = stat(gap.abs())
+            found["sampler_ratio"] = stat(gap.exp(), tokens.sampler_known)
+            found["sampler_gap_abs"] = stat(gap.abs(), tokens.sampler_known)
+        if tokens.sampler_known is not None:
+            found["sampler_unknown"] = stat(~tokens.sampler_known)
         return found
 
 

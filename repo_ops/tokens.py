@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ class Tokens:
     logps: Tensor
     """[N] log-probabilities under the current policy."""
     old_logps: Tensor
-    """[N] log-probabilities at the start of the step; `logps` detached where none were given, so that the ratio is 1."""
+    """[N] log-probabilities at the start of the step; `logps` detached where none were given: the ratio is 1."""
     advantages: Tensor
     """[N], constant."""
     lengths: Tensor | None
@@ -27,11 +28,15 @@ class Tokens:
     ref_logps: Tensor | None = None
     """[N] log-probabilities under the frozen reference policy."""
     sampler_logps: Tensor | None = None
-    """[N] log-probabilities that the inference engine reported."""
+    """[N] log-probabilities that the inference engine reported; `old_logps` where it reported no finite number."""
+    sampler_known: Tensor | None = None
+    """[N] bool, False where the engine reported no finite number."""
     entropy: Tensor | None = None
     """[N] entropy of the current policy's next-token distribution, in nats."""
     off_policy: Tensor | None = None
     """[N] bool, True for tokens of replayed sequences."""
+    extras: Mapping[str, Tensor] = field(default_factory=dict)
+    """[N, ...] whatever else an objective reads, by name; values given per sequence are repeated for its tokens."""
 
     @property
     def log_ratio(self) -> Tensor:
@@ -45,6 +50,11 @@ class Tokens:
     def sequence_mean(self, values: Tensor) -> Tensor:
         """[S] mean of `values` [N] over each sequence; 0 for an empty one."""
         return self.sequence_sum(values) / self._whole_sequences().clamp_min(1)
+
+    def positions(self) -> Tensor:
+        """[N] int64, how many tokens of its own sequence come before each token."""
+        lengths = self._whole_sequences()
+        return torch.arange(len(self.logps), device=lengths.device) - self.spread(lengths.cumsum(0) - lengths)
 
     def spread(self, per_sequence: Tensor) -> Tensor:
         """[N] the value of each token's own sequence, from [S]."""

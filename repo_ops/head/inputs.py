@@ -9,6 +9,11 @@ import torch
 from torch import Tensor
 
 
+def exact_dtype(*values: Tensor) -> torch.dtype:
+    """Dtype in which nothing is lost: float64 if one of `values` is, else float32."""
+    return torch.float64 if any(getattr(v, "dtype", None) == torch.float64 for v in values) else torch.float32
+
+
 @dataclass(frozen=True, eq=False)
 class HeadInputs:
     """A head applied to live rows: z = softcap(logit_scale * (hidden weight^T + bias)) / temperature, row by row.
@@ -39,7 +44,7 @@ class HeadInputs:
     @property
     def exact_dtype(self) -> torch.dtype:
         """Dtype in which nothing is lost: float64 for float64 inputs, else float32."""
-        return torch.promote_types(torch.promote_types(self.hidden.dtype, self.weight.dtype), torch.float32)
+        return exact_dtype(self.hidden, self.weight)
 
     def hidden_rows(self, chunk: slice) -> Tensor:
         """[C, D] hidden states of some live rows, in their own dtype."""
@@ -76,16 +81,17 @@ class RowStats(NamedTuple):
     """What a row of logits z leaves behind; [C] each, float32 (float64 for float64 inputs)."""
 
     logps: Tensor
-    """z[target] - logsumexp(z), computed as (z[target] - max) - log(sum exp(z - max)), hence never above 0."""
+    """z[target] - logsumexp(z), never above 0; exact also where it is nearly 0."""
     row_max: Tensor
     log_sum: Tensor
     """log(sum exp(z - row_max)), at least 0."""
     entropy: Tensor | None
     """-sum p log p in nats, where asked for."""
 
-    def slice(self, chunk: slice) -> RowStats:
+    def rows(self, chunk: slice | Tensor) -> RowStats:
         """The statistics of some rows."""
-        return RowStats(*(None if x is None else x[chunk] for x in self))
+        entropy = None if self.entropy is None else self.entropy[chunk]
+        return RowStats(self.logps[chunk], self.row_max[chunk], self.log_sum[chunk], entropy)
 
 
 class RowGrads(NamedTuple):

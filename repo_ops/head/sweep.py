@@ -129,7 +129,7 @@ def gradients(
     for chunk in plan.chunks(head.num_rows):
         gemm.logits_(tile[: chunk.stop - chunk.start], head.hidden_rows(chunk), head.weight)
         dh = None if dentropy is None else dentropy[chunk]
-        _add_gradients(head, plan, tile, chunk, stats.slice(chunk), dlogps[chunk], dh, grads, seen=False)
+        _add_gradients(head, plan, tile, chunk, stats.rows(chunk), dlogps[chunk], dh, grads, seen=False)
 
 
 def _tile_stats(head: HeadInputs, plan: Plan, tile: Tensor, chunk: slice, with_entropy: bool) -> RowStats:
@@ -160,7 +160,7 @@ def _add_gradients(
             if to != origin:
                 part[to] = part[origin]
         part, targets, scaling = part[: len(live)], targets[live], scaling.rows(live)
-        stats = RowStats(*(None if x is None else x[live] for x in stats))
+        stats = stats.rows(live)
         dlogps, dentropy = dlogps[live], None if dentropy is None else dentropy[live]
     if plan.backend == "triton":
         row_grads = triton_rows.grads_(part, targets, stats, dlogps, dentropy, scaling, plan.gradient_dtype)

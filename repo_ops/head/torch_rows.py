@@ -19,28 +19,33 @@ BLOCK_BYTES = 1 << 21
 
 
 def stats_(tile: Tensor, targets: Tensor, scaling: Scaling, with_entropy: bool) -> RowStats:
-    """Statistics of each row of `tile` [C, V]; the tile becomes exp(z - row_max).
+    """Statistics of each row of `tile` [C, V]; the tile becomes exp(z - row_max), 0 at the target.
 
-    A 16-bit tile is computed on in float32, a block at a time, and stores its exponentials rounded.
+    The sum runs over all entries but the target's, so that the log-probability of a nearly certain target is
+    -log1p(rest), and 1 - p = -expm1(logp), without cancellation. A 16-bit tile is computed on in float32, a block at a
+    time, and stores its exponentials rounded.
     """
     rows, dtype = len(tile), torch.promote_types(tile.dtype, torch.float32)
     logps, row_max, log_sum = (tile.new_empty(rows, dtype=dtype) for _ in range(3))
     entropy = tile.new_empty(rows, dtype=dtype) if with_entropy else None
     for block in _blocks(tile):
         z = _scale_(tile[block].to(dtype), scaling.rows(block))
+        where = targets[block, None]
         peak = z.amax(1, keepdim=True)
         z.sub_(peak)
-        shifted_target = z.gather(1, targets[block, None])[:, 0]
+        target = z.gather(1, where)[:, 0]
         # p log p is 0 for a masked vocabulary entry, not 0 * -inf
-        shifted = z.clamp_min(torch.finfo(z.dtype).min) if with_entropy else z
-        exps = z.exp_()
-        total = exps.sum(1)
+        shifted = z.clamp_min(torch.finfo(dtype).min) if with_entropy else z
+        exps = z.exp_().scatter_(1, where, 0.0)
+        rest = exps.sum(1)
+        target_exp = target.exp()
+        certain = target == 0  # the target has the largest logit
+        log_sum[block] = torch.where(certain, rest.log1p(), (rest + target_exp).log())
+        logps[block] = target - log_sum[block]
         row_max[block] = peak[:, 0]
-        torch.log(total, out=log_sum[block])
-        torch.sub(shifted_target, log_sum[block], out=logps[block])
         if entropy is not None:
-            expected = torch.linalg.vecdot(exps, shifted) / total
-            torch.sub(log_sum[block], expected, out=entropy[block]).clamp_min_(0.0)
+            expected = torch.linalg.vecdot(exps, shifted) + torch.where(target_exp > 0, target_exp * target, 0.0)
+            entropy[block] = (log_sum[block] - expected / (rest + target_exp)).clamp_min(0.0)
         _store(tile[block], exps)
     return RowStats(logps, row_max, log_sum, entropy)
 
@@ -63,31 +68,40 @@ def grads_(
 ) -> RowGrads:
     """Gradient of sum(dlogps * logps + dentropy * entropy) for a tile that holds exp(z - row_max).
 
-    Destroys the tile. The target's entry is formed as e - sum(e) in float32, before any rounding.
+    Destroys the tile. The target's entry is p - 1 = expm1(logp), in float32, before any rounding.
     """
     totals = stats.log_sum.exp()
+    at_target = totals * torch.expm1(stats.logps)
     scale = scaling.inv_temperature * scaling.logit_scale / totals
-    if dentropy is None and scaling.softcap is None:
-        where = targets[:, None]
-        tile.scatter_(1, where, (tile.gather(1, where) - totals[:, None]).to(tile.dtype))
+    where = targets[:, None]
+    if dentropy is None and scaling.softcap is None and tile.dtype != torch.float16:
+        tile.scatter_(1, where, at_target[:, None].to(tile.dtype))
         return _in_dtype(tile, -dlogps * scale, out_dtype)
+    at_target = -dlogps * at_target
+    if dentropy is not None:
+        assert stats.entropy is not None
+        surprise = torch.where(stats.logps > -float("inf"), stats.logps + stats.entropy, 0.0)
+        at_target -= dentropy * totals * stats.logps.exp() * surprise
     for block in _blocks(tile):
         exps = tile[block].to(stats.row_max.dtype)
         # finite where the exponential underflowed, since p log p is 0 there
         shifted = exps.clamp_min(torch.finfo(exps.dtype).tiny).log_()
+        target = (stats.logps + stats.log_sum)[block, None]
+        shifted.scatter_(1, where[block], target.clamp_min(torch.finfo(exps.dtype).min))
         slope = None if scaling.softcap is None else _softcap_slope(shifted, stats.row_max[block], scaling.rows(block))
-        coef = dlogps[block, None]
         if dentropy is None:
-            exps.mul_(-coef)
+            exps.mul_(-dlogps[block, None])
         else:
             assert stats.entropy is not None
             log_p_plus_h = shifted.add_((stats.entropy - stats.log_sum)[block, None])
-            exps.mul_(log_p_plus_h.mul_(-dentropy[block, None]).sub_(coef))
-        exps.scatter_add_(1, targets[block, None], coef * totals[block, None])
+            exps.mul_(log_p_plus_h.mul_(-dentropy[block, None]).sub_(dlogps[block, None]))
+        exps.scatter_(1, where[block], at_target[block, None])
         if slope is not None:
             exps.mul_(slope)
+        if tile.dtype == torch.float16:  # whose largest number an unscaled entry exceeds
+            exps.mul_(scale[block, None])
         _store(tile[block], exps)
-    return _in_dtype(tile, scale, out_dtype)
+    return RowGrads(tile.to(out_dtype), None) if tile.dtype == torch.float16 else _in_dtype(tile, scale, out_dtype)
 
 
 def _in_dtype(tile: Tensor, row_scale: Tensor, dtype: torch.dtype) -> RowGrads:
@@ -122,5 +136,6 @@ def _scale_(x: Tensor, scaling: Scaling) -> Tensor:
 def _softcap_slope(shifted: Tensor, row_max: Tensor, scaling: Scaling) -> Tensor:
     """[R, V] d(softcap(x)) / dx = 1 - tanh^2, from z - row_max, in a new tensor."""
     inv = scaling.inv_temperature
+    assert scaling.softcap is not None
     capped = (shifted + row_max[:, None]).div_((inv[:, None] if isinstance(inv, Tensor) else inv) * scaling.softcap)
     return capped.square_().neg_().add_(1.0)
