@@ -45,7 +45,7 @@ def max_variance_subset(scores: Sequence[float], k: int) -> list[int]:
         total = sums[low] + sums[n] - sums[start]
         square = squares[low] + squares[n] - squares[start]
         rank = (k * square - total * total, total)  # k**2 times the variance, then the sum
-        if low == 0 or rank > best_rank:
+        if rank > best_rank:
             best_rank, best_low = rank, low
     return _oldest(exact, ranked[:best_low] + ranked[n - (k - best_low) :])
 

@@ -21,7 +21,8 @@ from repo_ops.advantages.rows import Rows, standardized
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Estimator(base.Estimator):
     generator: torch.Generator | None = None
-    """Source of the choice, one per step: torch.Generator().manual_seed(step). Required unless `keep` is given."""
+    """Source of the choice, one per step: torch.Generator().manual_seed(step), of the rewards' device unless a copy
+    to it may be waited for. Required unless `keep` is given."""
     keep: Tensor | None = None
     """[B] bool, the samples to keep, in place of the rule above."""
     normalize: bool = False

@@ -25,7 +25,9 @@ class Estimator(base.Estimator):
     """[B], for every row the reward of its prompt's greedy completion under the current policy; or one number."""
 
     def __call__(self, rows: Rows) -> Tensor:
-        return rows.rewards - torch.as_tensor(self.greedy_rewards, dtype=torch.float64, device=rows.rewards.device)
+        if isinstance(self.greedy_rewards, Tensor):
+            return rows.rewards - self.greedy_rewards.detach().to(rows.rewards)
+        return rows.rewards - self.greedy_rewards
 
     def check(self, rows: Rows) -> None:
         base.check_per_row("greedy_rewards", self.greedy_rewards, rows)

@@ -28,9 +28,7 @@ _OFFICIAL_CODE = {
 class Strategy(Protocol):
     """Chooses among a prompt's stored samples."""
 
-    def __call__(
-        self, samples: Sequence[Sample], scores: Sequence[float], k: int, rng: random.Random
-    ) -> Sequence[int]:
+    def __call__(self, samples: Sequence[Sample], scores: Sequence[float], k: int, rng: random.Random) -> Sequence[int]:
         """Distinct indices into `samples` (oldest first) to replay, in the order in which they are returned.
 
         Args:
