@@ -14,8 +14,9 @@ from typing import Any
 
 from torch import Tensor
 
-from repo_ops.objectives.base import SCOPES, Objective
+from repo_ops.objectives.base import Objective
 from repo_ops.objectives.recipes import RECIPES
+from repo_ops.scope import SCOPES
 from repo_ops.tokens import Tokens
 
 _NOT_OBJECTIVES = {"base", "recipes"}
