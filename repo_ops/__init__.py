@@ -1,8 +1,7 @@
 """Fused, exact, memory-lean policy losses for the GRPO family, led by RePO (arXiv 2506.09340)."""
 
 from repo_ops import replay
-
-# ADV
+from repo_ops.advantages import group_advantages
 from repo_ops.linear_logps import TokenStats, linear_logps
 from repo_ops.linear_policy_loss import linear_policy_loss
 from repo_ops.loss_inputs import PolicyLoss
@@ -26,7 +25,7 @@ __all__ = [
     "TokenStats",
     "Tokens",
     "get_objective",
-    # ADVNAME
+    "group_advantages",
     "linear_logps",
     "linear_policy_loss",
     "objective_names",

@@ -9,8 +9,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from repo_ops.head.inputs import HeadInputs
-
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -110,92 +108,6 @@ def layout(tokens: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, name:
         owner = None if owner is None else owner.index_select(0, rows)
     lengths = None if owner is None else torch.bincount(owner, minlength=num_sequences or 0)
     return Layout(shape, num_sequences, rows, owner, lengths)
-
-
-def head_inputs(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    where: Layout,
-    *,
-    bias: Tensor | None,
-    temperature: float | Tensor,
-    softcap: float | None,
-    logit_scale: float,
-) -> HeadInputs:
-    """The checked head over its live rows.
-
-    Raises:
-        TypeError, ValueError: a shape, dtype or value is off; the message names the argument.
-    """
-    if targets.dtype not in (torch.int64, torch.int32):
-        raise TypeError(f"targets: expected int64 token ids, got {targets.dtype}")
-    for name, value in (("hidden", hidden), ("weight", weight), ("bias", bias)):
-        if value is not None:
-            if not isinstance(value, Tensor):
-                raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
-            check_float(name, value)
-            if value.device != targets.device:
-                raise ValueError(
-                    f"{name}: expected device {targets.device} like targets, got {value.device}; move it there first"
-                )
-    if weight.ndim != 2:
-        raise ValueError(f"weight: expected shape [V, D] like lm_head.weight, got {list(weight.shape)}")
-    if tuple(hidden.shape[:-1]) != where.shape or hidden.ndim != len(where.shape) + 1:
-        raise ValueError(
-            f"hidden: expected shape {[*where.shape, weight.shape[1]]} to go with targets {list(where.shape)}, "
-            f"got {list(hidden.shape)}; position i of hidden predicts targets[i], so shift before calling"
-        )
-    if hidden.shape[-1] != weight.shape[1]:
-        raise ValueError(
-            f"weight: expected shape [V, {hidden.shape[-1]}] to go with hidden {list(hidden.shape)}, "
-            f"got {list(weight.shape)}; pass lm_head.weight, not its transpose"
-        )
-    if bias is not None:
-        check_shape("bias", bias, (len(weight),), "the rows of weight")
-    if softcap is not None and not 0 < softcap < float("inf"):
-        raise ValueError(f"softcap: expected a finite number > 0 or None, got {softcap}")
-    if not 0 < abs(logit_scale) < float("inf"):
-        raise ValueError(f"logit_scale: expected a finite number other than 0, got {logit_scale}")
-    ids = where.take(targets).to(torch.int64)
-    check_values(
-        "targets",
-        ((ids >= 0) & (ids < len(weight))).all(),
-        f"ids from 0 to {len(weight) - 1} where mask is 1",
-        "mask positions that predict nothing (padding, -100)",
-    )
-    inv_temperature = _inv_temperature(temperature, where, weight.device)
-    return HeadInputs(
-        hidden.reshape(-1, hidden.shape[-1]),
-        weight,
-        bias,
-        ids,
-        where.rows,
-        inv_temperature,
-        float(logit_scale),
-        softcap,
-    )
-
-
-def _inv_temperature(temperature: float | Tensor, where: Layout, device: torch.device) -> Tensor | float:
-    if not isinstance(temperature, Tensor):
-        if not 0 < temperature < float("inf"):
-            raise ValueError(
-                f"temperature: expected a finite number > 0, got {temperature}; greedy needs no temperature"
-            )
-        return 1.0 / float(temperature)
-    if temperature.ndim == 0:
-        temperature = temperature.expand(where.shape)
-    check_float("temperature", temperature)
-    if where.owner is not None and tuple(temperature.shape) == (where.num_sequences,):
-        live = temperature.to(device)[where.owner]
-    else:
-        check_shape("temperature", temperature, where.shape, "targets")
-        live = where.take(temperature.to(device))
-    check_values(
-        "temperature", ((live > 0) & live.isfinite()).all(), "finite numbers > 0", "0 stands for greedy decoding"
-    )
-    return 1.0 / live.to(torch.promote_types(live.dtype, torch.float32))
 
 
 def _sequence_lengths(cu_seqlens: Tensor, num_tokens: int) -> Tensor:

@@ -5,12 +5,15 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from repo_ops import arguments
-from repo_ops.head import gemm, sweep
-from repo_ops.head.inputs import HeadInputs, RowStats
-from repo_ops.head.plan import Plan, make_plan
+from repo_ops.arguments import Layout, layout
+from repo_ops.head import gemm, support, sweep
+from repo_ops.head.gradients import Gradients
+from repo_ops.head.inputs import RowStats
+from repo_ops.head.plan import make_plan
+from repo_ops.head_arguments import HeadSettings, head_inputs
 from repo_ops.options import Options
 
 
@@ -34,6 +37,9 @@ def linear_logps(
     logit_scale: float = 1.0,
     mask: Tensor | None = None,
     with_entropy: bool = False,
+    support_ids: Tensor | None = None,
+    adapter: tuple[Tensor, Tensor] | None = None,
+    tp_group: dist.ProcessGroup | None = None,
     options: Options | None = None,
 ) -> TokenStats:
     """Log-probability of each target token (and entropy), differentiable, with one tile of logits alive at a time.
@@ -52,29 +58,49 @@ def linear_logps(
         softcap: final logit softcap (Gemma 2: 30), or None. logit_scale: multiplies the logits before the softcap.
         mask: 1 for tokens to compute, in the shape of targets; others cost nothing and return 0.
         with_entropy: also return the entropy, with its exact gradient.
+        adapter: a low-rank addition u @ B.T to the logits, (u [..., r], B [V, r]); for LoRA on the head
+            u = scaling * hidden @ A.T, whose graph leads to A and hidden.
+        tp_group: ranks that hold consecutive, perhaps unequal, shards of the vocabulary (weight, bias and B are this
+            rank's rows); hidden and targets are the same on all. The gradient of hidden is summed over the ranks.
+        support_ids: [..., K] int64, the tokens that a truncated sampler (top-k, top-p, min-p) kept, -1 for padding;
+            log-probabilities and entropies are those of the softmax over them and the target.
         options: backend, memory budget and precision.
     Returns:
         TokenStats(logps, entropy), float32 (float64 for float64 inputs).
     Raises:
         TypeError, ValueError: shapes, dtypes or values disagree; the message names the argument.
     """
-    where = arguments.layout(targets, mask, None)
-    head = arguments.head_inputs(
-        hidden, weight, targets, where, bias=bias, temperature=temperature, softcap=softcap, logit_scale=logit_scale
-    )
-    plan = make_plan(head, options or Options())
-    logps, entropy = _LinearLogps.apply(head.hidden, weight, bias, head, plan, with_entropy)
+    where = layout(targets, mask, None)
+    settings = HeadSettings(bias, temperature, softcap, logit_scale, adapter, tp_group)
+    logps, entropy = head_logps(hidden, weight, targets, where, settings, with_entropy, support_ids, options)
     return TokenStats(where.put(logps), where.put(entropy) if with_entropy else None)
+
+
+def head_logps(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    where: Layout,
+    settings: HeadSettings,
+    with_entropy: bool,
+    support_ids: Tensor | None,
+    options: Options | None,
+) -> tuple[Tensor, Tensor | None]:
+    """[L] log-probabilities and entropies of the live tokens of `where`, attached."""
+    head = head_inputs(hidden, weight, targets, where, settings)
+    plan = make_plan(head, options or Options())
+    if support_ids is not None:
+        return support.logps(head, support.checked(support_ids, head, where), plan, with_entropy)
+    return _LinearLogps.apply(*head.tensors, head, plan, with_entropy)
 
 
 class _LinearLogps(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, head: HeadInputs, plan: Plan, with_entropy: bool
-    ) -> tuple[Tensor, Tensor | None]:
-        with gemm.without_autocast(hidden):
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor | None]:
+        *tensors, head, plan, with_entropy = arguments
+        with gemm.without_autocast(head.hidden):
             stats = sweep.statistics(head, plan, with_entropy=with_entropy)
-        ctx.save_for_backward(hidden, weight, bias, *stats)
+        ctx.save_for_backward(*tensors, *stats)
         ctx.head, ctx.plan = head, plan
         ctx.set_materialize_grads(False)
         return stats.logps, stats.entropy
@@ -82,12 +108,11 @@ class _LinearLogps(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dlogps: Tensor | None, dentropy: Tensor | None) -> tuple[Tensor | None, ...]:
-        *_, logps, row_max, log_sum, entropy = ctx.saved_tensors
-        need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
-        grads = sweep.Gradients(ctx.head, need_hidden, need_weight, need_bias)
-        stats = RowStats(logps, row_max, log_sum, entropy)
+        num_tensors = len(ctx.head.tensors)
+        stats = RowStats(*ctx.saved_tensors[num_tensors:])
+        grads = Gradients(ctx.head, ctx.needs_input_grad[:num_tensors])
         if dlogps is None:
-            dlogps = torch.zeros_like(logps)
-        with gemm.without_autocast(logps):
+            dlogps = torch.zeros_like(stats.logps)
+        with gemm.without_autocast(dlogps):
             sweep.gradients(ctx.head, ctx.plan, stats, dlogps, dentropy, grads)
         return (*grads.finish(), None, None, None)

@@ -7,19 +7,22 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from repo_ops import arguments
-from repo_ops.arguments import Layout
+from repo_ops.arguments import Layout, layout
 from repo_ops.head import gemm, sweep
+from repo_ops.head.gradients import Gradients
 from repo_ops.head.inputs import HeadInputs, RowStats, exact_dtype
 from repo_ops.head.plan import Plan, make_plan
+from repo_ops.head_arguments import HeadSettings, head_inputs
+from repo_ops.linear_logps import head_logps
 from repo_ops.loss_inputs import LossInputs, ObjectiveLike, PolicyLoss, loss_inputs
 from repo_ops.metrics import Stat
 from repo_ops.objectives import as_objective
 from repo_ops.options import Options
 from repo_ops.reduce import NumItemsLike
-from repo_ops.step_loss import coefficients, loss_metrics
+from repo_ops.step_loss import coefficients, loss_metrics, step_loss
 
 
 def linear_policy_loss(
@@ -42,6 +45,9 @@ def linear_policy_loss(
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
+    support_ids: Tensor | None = None,
+    adapter: tuple[Tensor, Tensor] | None = None,
+    tp_group: dist.ProcessGroup | None = None,
     options: Options | None = None,
 ) -> PolicyLoss:
     """The loss of `objective` over a language-model head, with gradients formed inside the forward.
@@ -68,7 +74,7 @@ def linear_policy_loss(
             (tokens for token-mean reductions, else sequences), a pair (on_policy, off_policy), or NumItems. The losses
             of the step's calls then add up to the step's loss. Where ranks average gradients, multiply by their number.
         cu_seqlens: [B + 1] boundaries of packed sequences.
-        bias, temperature, softcap, logit_scale, options: as in `linear_logps`.
+        bias, temperature, softcap, logit_scale, support_ids, adapter, tp_group, options: as in `linear_logps`.
     Returns:
         PolicyLoss(loss, logps, entropy, metrics). Call backward on `loss` once; logps and entropy are detached.
     Raises:
@@ -77,7 +83,7 @@ def linear_policy_loss(
     """
     options = options or Options()
     chosen = as_objective(objective)
-    where = arguments.layout(targets, mask, cu_seqlens)
+    where = layout(targets, mask, cu_seqlens)
     inputs = loss_inputs(
         chosen,
         where,
@@ -92,20 +98,17 @@ def linear_policy_loss(
         drop_zero_advantage=not options.all_logps,
         dtype=exact_dtype(hidden, weight),
     )
-    head = arguments.head_inputs(
-        hidden,
-        weight,
-        targets,
-        inputs.where,
-        bias=bias,
-        temperature=temperature,
-        softcap=softcap,
-        logit_scale=logit_scale,
-    )
-    call = _Call(head, inputs, make_plan(head, options), "entropy" in chosen.reads)
-    loss, logps, entropy = _LinearPolicyLoss.apply(head.hidden, weight, bias, call, torch.is_grad_enabled())
-    tokens = inputs.tokens(logps, entropy, slice(None), inputs.lengths)
-    metrics = loss_metrics(chosen, tokens)
+    settings = HeadSettings(bias, temperature, softcap, logit_scale, adapter, tp_group)
+    with_entropy = "entropy" in chosen.reads
+    if support_ids is None:
+        head = head_inputs(hidden, weight, targets, inputs.where, settings)
+        call = _Call(head, inputs, make_plan(head, options), with_entropy)
+        loss, logps, entropy = _LinearPolicyLoss.apply(*head.tensors, call, torch.is_grad_enabled())
+    else:
+        attached = head_logps(hidden, weight, targets, inputs.where, settings, with_entropy, support_ids, options)
+        loss = step_loss(chosen, inputs.tokens(*attached, slice(None), inputs.lengths), inputs.weights)
+        logps, entropy = (None if x is None else x.detach() for x in attached)
+    metrics = loss_metrics(chosen, inputs.tokens(logps, entropy, slice(None), inputs.lengths))
     metrics["live"] = Stat(*(logps.new_tensor(float(n)) for n in (inputs.where.num_live, where.num_live)))
     placed = _placed(logps, inputs.where, where)
     assert placed is not None
@@ -122,12 +125,10 @@ class _Call:
 
 class _LinearPolicyLoss(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, call: _Call, grad_enabled: bool
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        needs = [grad_enabled and need for need in ctx.needs_input_grad[:3]]
-        grads = sweep.Gradients(call.head, *needs)
-        with gemm.without_autocast(hidden):
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor, Tensor | None]:
+        *tensors, call, grad_enabled = arguments
+        grads = Gradients(call.head, [grad_enabled and need for need in ctx.needs_input_grad[: len(tensors)]])
+        with gemm.without_autocast(call.head.hidden):
             loss, stats = _sweep(call, grads)
         ctx.grads = grads.finish()
         ctx.mark_non_differentiable(stats.logps, *([] if stats.entropy is None else [stats.entropy]))
@@ -147,7 +148,7 @@ class _LinearPolicyLoss(torch.autograd.Function):
         return (*scaled, None, None)
 
 
-def _sweep(call: _Call, grads: sweep.Gradients) -> tuple[Tensor, RowStats]:
+def _sweep(call: _Call, grads: Gradients) -> tuple[Tensor, RowStats]:
     """The loss and the statistics of live rows; gradients go to `grads`, in as few passes as the scope allows."""
     head, inputs, plan = call.head, call.inputs, call.plan
     chunks = _chunks(call) if grads.wanted else None

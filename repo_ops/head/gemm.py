@@ -24,15 +24,16 @@ SLICE_BYTES = 1 << 24
 """Size of an upcast slice of the head's weight on a CPU."""
 
 
-def logits_(tile: Tensor, hidden: Tensor, weight: Tensor) -> None:
-    """tile [C, V] = hidden [C, D] weight^T [D, V], summed in the tile's precision or better."""
+def logits_(tile: Tensor, hidden: Tensor, weight: Tensor, *, add: bool = False) -> None:
+    """tile [C, V] = hidden [C, D] weight^T [D, V], or += with `add`, summed in the tile's precision or better."""
+    beta = 1.0 if add else 0.0
     if _vendor_writes(tile.dtype, hidden, weight):
-        torch.mm(hidden, weight.t(), out_dtype=tile.dtype, out=tile)
+        torch.addmm(tile, hidden, weight.t(), beta=beta, out_dtype=tile.dtype, out=tile)
         return
     with _operands_of(hidden, weight):
         hidden = hidden.to(tile.dtype)
         for part, upcast in _slices(weight, tile.dtype):
-            torch.mm(hidden, upcast.t(), out=tile[:, part])
+            torch.addmm(tile[:, part], hidden, upcast.t(), beta=beta, out=tile[:, part])
 
 
 def hidden_grad(dlogits: Tensor, hidden: Tensor, weight: Tensor) -> Tensor:

@@ -6,12 +6,20 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 
 def exact_dtype(*values: Tensor) -> torch.dtype:
     """Dtype in which nothing is lost: float64 if one of `values` is, else float32."""
     return torch.float64 if any(getattr(v, "dtype", None) == torch.float64 for v in values) else torch.float32
+
+
+class Product(NamedTuple):
+    """hidden [M, D] of every position times weight [V, D] transposed."""
+
+    hidden: Tensor
+    weight: Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,6 +43,24 @@ class HeadInputs:
     """[N] float32 or one float: 1 / temperature."""
     logit_scale: float = 1.0
     softcap: float | None = None
+    adapter: Product | None = None
+    """A low-rank addition to the logits."""
+    tp_group: dist.ProcessGroup | None = None
+    """Group whose ranks hold consecutive shards of the vocabulary; `targets` are then local, see head/shards.py."""
+    owned: Tensor | None = None
+    """[N] bool, targets that lie in this rank's shard; None without tp_group."""
+    largest_shard: int = 0
+    """V, or that of the largest shard, so that all ranks of a tp_group cut the same chunks."""
+
+    @property
+    def products(self) -> list[Product]:
+        """The products whose sum is the raw logits."""
+        return [Product(self.hidden, self.weight), *([] if self.adapter is None else [self.adapter])]
+
+    @property
+    def tensors(self) -> list[Tensor | None]:
+        """What gradients may flow to: hidden, weight, bias, adapter hidden, adapter weight."""
+        return [self.hidden, self.weight, self.bias, *(self.adapter or (None, None))]
 
     @property
     def num_rows(self) -> int:
@@ -46,9 +72,9 @@ class HeadInputs:
         """Dtype in which nothing is lost: float64 for float64 inputs, else float32."""
         return exact_dtype(self.hidden, self.weight)
 
-    def hidden_rows(self, chunk: slice) -> Tensor:
-        """[C, D] hidden states of some live rows, in their own dtype."""
-        return self.hidden[chunk] if self.rows is None else self.hidden.index_select(0, self.rows[chunk])
+    def rows_of(self, hidden: Tensor, chunk: slice) -> Tensor:
+        """[C, D] of some live rows, from hidden states [M, D] of every position."""
+        return hidden[chunk] if self.rows is None else hidden.index_select(0, self.rows[chunk])
 
     def scaling(self, chunk: slice) -> Scaling:
         """The elementwise part of the head for some live rows."""
@@ -87,11 +113,15 @@ class RowStats(NamedTuple):
     """log(sum exp(z - row_max)), at least 0."""
     entropy: Tensor | None
     """-sum p log p in nats, where asked for."""
+    entry_logps: Tensor | None = None
+    """Log-probability of the entry that `targets` names in this rank's vocabulary shard, where the target may lie in
+    another; None where it is the target itself."""
 
     def rows(self, chunk: slice | Tensor) -> RowStats:
         """The statistics of some rows."""
         entropy = None if self.entropy is None else self.entropy[chunk]
-        return RowStats(self.logps[chunk], self.row_max[chunk], self.log_sum[chunk], entropy)
+        entry = None if self.entry_logps is None else self.entry_logps[chunk]
+        return RowStats(self.logps[chunk], self.row_max[chunk], self.log_sum[chunk], entropy, entry)
 
 
 class RowGrads(NamedTuple):

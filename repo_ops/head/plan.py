@@ -62,7 +62,8 @@ def make_plan(head: HeadInputs, options: Options) -> Plan:
     """
     hidden, weight = head.hidden, head.weight
     tile_dtype = options.logits_dtype or head.exact_dtype
-    row_bytes = len(weight) * tile_dtype.itemsize
+    vocab_size = head.largest_shard or len(weight)
+    row_bytes = vocab_size * tile_dtype.itemsize
     # beside its logits a row holds its gathered hidden state, a scaled copy of it and its gradient
     row_bytes += 3 * weight.shape[1] * head.exact_dtype.itemsize
     budget, fixed = options.memory_budget, 0
@@ -74,7 +75,7 @@ def make_plan(head: HeadInputs, options: Options) -> Plan:
     if rows < 1:
         raise ValueError(
             f"options.memory_budget: expected at least {fixed + row_bytes} bytes, which one row of logits over "
-            f"{len(weight)} entries needs, got {budget}"
+            f"{vocab_size} entries needs, got {budget}"
         )
     gradient_dtype = tile_dtype
     if hidden.device.type != "cpu":

@@ -7,13 +7,13 @@ all: there the objective turns a tile's statistics into coefficients while the t
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from repo_ops.head import gemm, torch_rows, triton_rows
-from repo_ops.head.inputs import HeadInputs, RowGrads, RowStats
+from repo_ops.head import gemm, shards, torch_rows, triton_rows
+from repo_ops.head.gradients import Gradients
+from repo_ops.head.inputs import HeadInputs, RowStats
 from repo_ops.head.plan import Plan
 
 Rule = Callable[[slice, RowStats], tuple[Tensor, Tensor | None]]
@@ -22,79 +22,6 @@ Rule = Callable[[slice, RowStats], tuple[Tensor, Tensor | None]]
 DEAD_SHARE = 0.1
 """Rows without gradient leave a CPU tile before the gradient GEMMs when they are at least this share of it; moving the
 others up costs one copy of the tile."""
-
-
-@dataclass(eq=False)
-class Gradients:
-    """Gradients of the head's tensors, gathered over chunks; buffers exist only for tensors that need one."""
-
-    head: HeadInputs
-    need_hidden: bool
-    need_weight: bool
-    need_bias: bool
-    hidden: Tensor | None = field(default=None, init=False)
-    weight: Tensor | None = field(default=None, init=False)
-    bias: Tensor | None = field(default=None, init=False)
-    _chunks: int = field(default=0, init=False)
-
-    def __post_init__(self) -> None:
-        head = self.head
-        if self.need_hidden:
-            every_row_is_written = head.rows is None
-            new = torch.empty_like if every_row_is_written else torch.zeros_like
-            self.hidden = new(head.hidden, memory_format=torch.contiguous_format)
-        if self.need_weight:
-            self.weight = torch.empty_like(head.weight, dtype=head.exact_dtype, memory_format=torch.contiguous_format)
-        if self.need_bias:
-            assert head.bias is not None
-            self.bias = torch.zeros_like(head.bias, dtype=head.exact_dtype)
-
-    @property
-    def wanted(self) -> bool:
-        """Whether any tensor needs a gradient."""
-        return self.need_hidden or self.need_weight or self.need_bias
-
-    def add(self, chunk: slice, live: Tensor | None, grads: RowGrads) -> None:
-        """Add a tile's share; `live` [C'] are the rows of the chunk that the tile still holds, None for all."""
-        head, (dlogits, scale) = self.head, grads
-        if len(dlogits) == 0:
-            if self.hidden is not None and head.rows is None:
-                self.hidden[chunk] = 0
-            return
-        hidden = head.hidden_rows(chunk) if live is None else head.hidden_rows(chunk)[live]
-        if self.hidden is not None:
-            dhidden = gemm.hidden_grad(dlogits, hidden, head.weight)
-            dhidden = dhidden if scale is None else dhidden.mul_(scale[:, None])
-            self._write_hidden(chunk, live, dhidden)
-        if self.weight is not None:
-            scaled = hidden if scale is None else hidden * scale[:, None]
-            gemm.add_weight_grad_(self.weight, dlogits, scaled, head.weight, first=self._chunks == 0)
-        if self.bias is not None:
-            ones = torch.ones_like(dlogits[:, 0]) if scale is None else scale.to(dlogits.dtype)
-            self.bias += torch.mv(dlogits.t(), ones)
-        self._chunks += 1
-
-    def finish(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """(dhidden, dweight, dbias) in the dtypes of their tensors."""
-        if self._chunks == 0 and self.weight is not None:
-            self.weight.zero_()
-        weight = None if self.weight is None else self.weight.to(self.head.weight.dtype)
-        bias = None if self.bias is None or self.head.bias is None else self.bias.to(self.head.bias.dtype)
-        return self.hidden, weight, bias
-
-    def _write_hidden(self, chunk: slice, live: Tensor | None, values: Tensor) -> None:
-        assert self.hidden is not None
-        values = values.to(self.hidden.dtype)
-        rows = self.head.rows
-        if rows is None and live is None:
-            self.hidden[chunk] = values
-            return
-        where = torch.arange(chunk.start, chunk.stop, device=values.device) if rows is None else rows[chunk]
-        if live is not None:
-            if rows is None:
-                self.hidden[chunk] = 0
-            where = where[live]
-        self.hidden.index_copy_(0, where, values)
 
 
 def statistics(head: HeadInputs, plan: Plan, *, with_entropy: bool) -> RowStats:
@@ -127,16 +54,21 @@ def gradients(
     """Gradients of sum(dlogps * logps + dentropy * entropy) for coefficients that arrive after the statistics."""
     tile = plan.new_tile(head)
     for chunk in plan.chunks(head.num_rows):
-        gemm.logits_(tile[: chunk.stop - chunk.start], head.hidden_rows(chunk), head.weight)
+        _logits_(tile[: chunk.stop - chunk.start], head, chunk)
         dh = None if dentropy is None else dentropy[chunk]
         _add_gradients(head, plan, tile, chunk, stats.rows(chunk), dlogps[chunk], dh, grads, seen=False)
 
 
 def _tile_stats(head: HeadInputs, plan: Plan, tile: Tensor, chunk: slice, with_entropy: bool) -> RowStats:
-    part = tile[: chunk.stop - chunk.start]
-    gemm.logits_(part, head.hidden_rows(chunk), head.weight)
-    rows = triton_rows if plan.backend == "triton" else torch_rows
-    return rows.stats_(part, head.targets[chunk], head.scaling(chunk), with_entropy)
+    part, rows = tile[: chunk.stop - chunk.start], triton_rows if plan.backend == "triton" else torch_rows
+    _logits_(part, head, chunk)
+    stats = rows.stats_(part, head.targets[chunk], head.scaling(chunk), with_entropy)
+    return stats if head.tp_group is None else shards.combine(stats, head.owned[chunk], head.tp_group)
+
+
+def _logits_(tile: Tensor, head: HeadInputs, chunk: slice) -> None:
+    for i, (hidden, weight) in enumerate(head.products):
+        gemm.logits_(tile, head.rows_of(hidden, chunk), weight, add=i > 0)
 
 
 def _add_gradients(
@@ -153,7 +85,8 @@ def _add_gradients(
 ) -> None:
     part, targets, scaling = tile[: chunk.stop - chunk.start], head.targets[chunk], head.scaling(chunk)
     live = None
-    if tile.device.type == "cpu":  # elsewhere counting the live rows would wait for the device
+    # elsewhere counting the live rows would wait for the device, and ranks that share rows must agree on them
+    if tile.device.type == "cpu" and head.tp_group is None:
         live = _live_rows(dlogps, dentropy)
     if live is not None:
         for to, origin in enumerate(live.tolist()):
@@ -162,13 +95,11 @@ def _add_gradients(
         part, targets, scaling = part[: len(live)], targets[live], scaling.rows(live)
         stats = stats.rows(live)
         dlogps, dentropy = dlogps[live], None if dentropy is None else dentropy[live]
-    if plan.backend == "triton":
-        row_grads = triton_rows.grads_(part, targets, stats, dlogps, dentropy, scaling, plan.gradient_dtype)
-    else:
-        if not seen:
-            torch_rows.exponentiate_(part, stats, scaling)
-        row_grads = torch_rows.grads_(part, targets, stats, dlogps, dentropy, scaling, plan.gradient_dtype)
-    grads.add(chunk, live, row_grads)
+    rows = triton_rows if plan.backend == "triton" else torch_rows
+    if not seen:
+        rows.exponentiate_(part, stats, scaling)
+    owned = None if head.owned is None else head.owned[chunk]
+    grads.add(chunk, live, rows.grads_(part, targets, stats, dlogps, dentropy, scaling, plan.gradient_dtype, owned))
 
 
 def _live_rows(dlogps: Tensor, dentropy: Tensor | None) -> Tensor | None:
@@ -182,7 +113,7 @@ def _new_stats(head: HeadInputs, with_entropy: bool) -> RowStats:
     def new() -> Tensor:
         return torch.empty(head.num_rows, dtype=head.exact_dtype, device=head.hidden.device)
 
-    return RowStats(new(), new(), new(), new() if with_entropy else None)
+    return RowStats(new(), new(), new(), new() if with_entropy else None, None if head.tp_group is None else new())
 
 
 def _fill(stats: RowStats, chunk: slice, found: RowStats) -> None:

@@ -65,13 +65,18 @@ def grads_(
     dentropy: Tensor | None,
     scaling: Scaling,
     out_dtype: torch.dtype,
+    owned: Tensor | None = None,
 ) -> RowGrads:
     """Gradient of sum(dlogps * logps + dentropy * entropy) for a tile that holds exp(z - row_max).
 
+    `owned` [C] bool tells which rows' targets lie in this rank's shard of the vocabulary (None: all).
     Destroys the tile. The target's entry is p - 1 = expm1(logp), in float32, before any rounding.
     """
     totals = stats.log_sum.exp()
-    at_target = totals * torch.expm1(stats.logps)
+    entry_logps = stats.logps if stats.entry_logps is None else stats.entry_logps
+    at_target = totals * torch.expm1(entry_logps)
+    if owned is not None:
+        at_target = torch.where(owned, at_target, totals * entry_logps.exp())
     scale = scaling.inv_temperature * scaling.logit_scale / totals
     where = targets[:, None]
     if dentropy is None and scaling.softcap is None and tile.dtype != torch.float16:
@@ -80,13 +85,13 @@ def grads_(
     at_target = -dlogps * at_target
     if dentropy is not None:
         assert stats.entropy is not None
-        surprise = torch.where(stats.logps > -float("inf"), stats.logps + stats.entropy, 0.0)
-        at_target -= dentropy * totals * stats.logps.exp() * surprise
+        surprise = torch.where(entry_logps > -float("inf"), entry_logps + stats.entropy, 0.0)
+        at_target -= dentropy * totals * entry_logps.exp() * surprise
     for block in _blocks(tile):
         exps = tile[block].to(stats.row_max.dtype)
         # finite where the exponential underflowed, since p log p is 0 there
         shifted = exps.clamp_min(torch.finfo(exps.dtype).tiny).log_()
-        target = (stats.logps + stats.log_sum)[block, None]
+        target = (entry_logps + stats.log_sum)[block, None]
         shifted.scatter_(1, where[block], target.clamp_min(torch.finfo(exps.dtype).min))
         slope = None if scaling.softcap is None else _softcap_slope(shifted, stats.row_max[block], scaling.rows(block))
         if dentropy is None:

@@ -40,6 +40,10 @@ def stats_(tile: Tensor, targets: Tensor, scaling: Scaling, with_entropy: bool) 
     return RowStats(found.logps, found.row_max, found.log_sum, found.entropy)
 
 
+def exponentiate_(tile: Tensor, stats: RowStats, scaling: Scaling) -> None:
+    """Nothing: `grads_` starts from logits."""
+
+
 def grads_(
     tile: Tensor,
     targets: Tensor,
@@ -48,9 +52,13 @@ def grads_(
     dentropy: Tensor | None,
     scaling: Scaling,
     out_dtype: torch.dtype,
+    owned: Tensor | None = None,
 ) -> RowGrads:
     """Gradient of sum(dlogps * logps + dentropy * entropy) for a tile of logits, in place of the tile's memory."""
     from repo_ops.kernels import logit_rows
 
-    dlogits = logit_rows.row_grads_(tile, targets, stats, dlogps, dentropy, **scaling._asdict(), out_dtype=out_dtype)
-    return RowGrads(dlogits, None)
+    if owned is not None:
+        targets = torch.where(owned, targets, -1)  # which no column matches
+    rows = logit_rows.RowStats(stats.logps, stats.row_max, stats.log_sum, stats.entropy, None)
+    scale = scaling._asdict()
+    return RowGrads(logit_rows.row_grads_(tile, targets, rows, dlogps, dentropy, **scale, out_dtype=out_dtype), None)

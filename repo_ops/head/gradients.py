@@ -1,0 +1,95 @@
+"""Gradients of the head's tensors, gathered over chunks of rows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from repo_ops.head import gemm
+from repo_ops.head.inputs import HeadInputs, Product, RowGrads
+
+
+@dataclass(eq=False)
+class ProductGradients:
+    """Gradients of one product hidden @ weight^T; buffers exist only for tensors that need one."""
+
+    product: Product
+    need_hidden: bool
+    need_weight: bool
+    every_row_is_written: bool
+    accumulation_dtype: torch.dtype
+    hidden: Tensor | None = field(default=None, init=False)
+    weight: Tensor | None = field(default=None, init=False)
+    _chunks: int = field(default=0, init=False)
+
+    def __post_init__(self) -> None:
+        hidden, weight = self.product
+        if self.need_hidden:
+            new = torch.empty_like if self.every_row_is_written else torch.zeros_like
+            self.hidden = new(hidden, memory_format=torch.contiguous_format)
+        if self.need_weight:
+            self.weight = torch.empty_like(weight, dtype=self.accumulation_dtype, memory_format=torch.contiguous_format)
+
+    def add(self, rows: Tensor | slice, hidden: Tensor, grads: RowGrads, tp_group: dist.ProcessGroup | None) -> None:
+        """Add a tile's share; `rows` are the positions and `hidden` the states of the tile's rows."""
+        dlogits, scale = grads
+        if self.hidden is not None:
+            dhidden = gemm.hidden_grad(dlogits, hidden, self.product.weight)
+            dhidden = dhidden if scale is None else dhidden.mul_(scale[:, None])
+            if tp_group is not None:
+                dist.all_reduce(dhidden, group=tp_group)
+            self.hidden[rows] = dhidden.to(self.hidden.dtype)
+        if self.weight is not None:
+            scaled = hidden if scale is None else hidden * scale[:, None]
+            gemm.add_weight_grad_(self.weight, dlogits, scaled, self.product.weight, first=self._chunks == 0)
+        self._chunks += 1
+
+    def finish(self) -> tuple[Tensor | None, Tensor | None]:
+        """(dhidden, dweight) in the dtypes of their tensors."""
+        if self._chunks == 0 and self.weight is not None:
+            self.weight.zero_()
+        return self.hidden, None if self.weight is None else self.weight.to(self.product.weight.dtype)
+
+
+class Gradients:
+    """Gradients of a head: of its products and its bias, those that are needed."""
+
+    def __init__(self, head: HeadInputs, needs: list[bool]) -> None:
+        """`needs`: for hidden, weight, bias, adapter hidden, adapter weight, as in `HeadInputs.tensors`."""
+        self.head = head
+        self.wanted = any(needs)
+        hidden, weight, bias, *adapter = needs
+        pairs = zip(head.products, [(hidden, weight), tuple(adapter)], strict=False)
+        self.products = [
+            ProductGradients(product, *need, head.rows is None, head.exact_dtype) for product, need in pairs
+        ]
+        self.bias = torch.zeros_like(head.bias, dtype=head.exact_dtype) if bias and head.bias is not None else None
+
+    def add(self, chunk: slice, live: Tensor | None, grads: RowGrads) -> None:
+        """Add a tile's share; `live` [C'] are the rows of the chunk that the tile still holds, None for all."""
+        rows = self._positions(chunk, live)
+        for gradients in self.products:
+            if live is not None and gradients.hidden is not None and self.head.rows is None:
+                gradients.hidden[chunk] = 0
+            if len(grads.tile):
+                hidden = self.head.rows_of(gradients.product.hidden, chunk)
+                gradients.add(rows, hidden if live is None else hidden[live], grads, self.head.tp_group)
+        if self.bias is not None and len(grads.tile):
+            dlogits, scale = grads
+            ones = torch.ones_like(dlogits[:, 0]) if scale is None else scale.to(dlogits.dtype)
+            self.bias += torch.mv(dlogits.t(), ones)
+
+    def finish(self) -> list[Tensor | None]:
+        """Gradients in the order of `HeadInputs.tensors`, in the dtypes of their tensors."""
+        (hidden, weight), *adapter = [gradients.finish() for gradients in self.products]
+        bias = None if self.bias is None or self.head.bias is None else self.bias.to(self.head.bias.dtype)
+        return [hidden, weight, bias, *(adapter[0] if adapter else (None, None))]
+
+    def _positions(self, chunk: slice, live: Tensor | None) -> Tensor | slice:
+        rows = self.head.rows
+        if live is None:
+            return chunk if rows is None else rows[chunk]
+        return live + chunk.start if rows is None else rows[chunk][live]
