@@ -132,10 +132,19 @@ def _minpro(case: Case, call: Call) -> Call:
 
 
 def _rec(case: Case, call: Call) -> Call:
-    hyper = dict(call.hyper)
+    spelled = {
+        "one-side": "one_side",
+        "two-side": "two_side",
+        "gspo-one-side": "sequence_one_side",
+        "importance_sampling": "ratio",
+        "truncated_importance_sampling": "truncated_ratio",
+        "gspo_importance_sampling": "sequence_ratio",
+        "forward-kl": "forward_kl",
+    }
+    hyper = {name: spelled.get(value, value) for name, value in call.hyper.items()}
     if hyper.get("clip", "none") == "none":  # a width that clips nothing is refused
         hyper = {k: v for k, v in hyper.items() if not k.startswith("eps_")}
-    elif hyper["clip"] != "ring":
+    elif hyper["clip"] != "ring" and hyper.get("weight") != "truncated_ratio":
         hyper = {k: v for k, v in hyper.items() if not k.startswith("eps_ring")}
     return _with(call, hyper=hyper)
 
@@ -218,7 +227,7 @@ RULES: dict[str, Rule] = {
     "dppo_binary_kl": Rule(
         "dppo",
         {**_DPPO, "delta_low": "delta_low", "delta_high": "delta_high"},
-        {"divergence": "binary_kl"},
+        {"divergence": "kl"},
         _behaviour,
     ),
     "dppo_prime_rl": Rule(

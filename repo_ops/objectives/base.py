@@ -88,8 +88,8 @@ class Objective:
     divides both by all sequences together."""
 
     sampler_weight: str | None = None
-    """Correction for the engine's own probabilities, exp(old_logps - sampler_logps): "token", "sequence" or "geometric",
-    then "_truncate" (TIS: limit the weight) or "_mask" (MIS: drop what is outside). None: no correction."""
+    """Correction for the engine's own probabilities, exp(old_logps - sampler_logps): "token", "sequence" or
+    "geometric", then "_truncate" (TIS: limit the weight) or "_mask" (MIS: drop what is outside). None: none."""
 
     sampler_min: float | None = None
     """Lower limit of that weight; None: no limit. 0.5 for masks."""
@@ -98,7 +98,7 @@ class Objective:
     """Upper limit of that weight; None: no limit. 2 (verl), 3 (TRL)."""
 
     off_policy_mask: float | None = None
-    """Drop sequences with A < 0 whose mean of sampler_logps - logps exceeds this (DeepSeek-V3.2); 0.5. None: keep all."""
+    """Drop sequences with A < 0 whose mean of sampler_logps - logps exceeds this (DeepSeek-V3.2); 0.5. None: none."""
 
     top_entropy_quantile: float | None = None
     """Only this fraction of tokens, those of highest entropy, carries the policy loss; 0.2. None: all of them."""
@@ -124,9 +124,7 @@ class Objective:
             check_choice(self, "sampler_weight", MODES)
         for name in ("sampler_min", "sampler_max"):
             if getattr(self, name) is not None and self.sampler_weight is None:
-                raise ValueError(
-                    f"{name}: limits the sampler weight, which is off; set sampler_weight, as in 'token_mask'"
-                )
+                raise ValueError(f"{name}: limits a weight that is off; set sampler_weight")
         low, high = self.sampler_min or 0.0, self.sampler_max
         if low < 0 or (high is not None and not high >= max(low, 1e-8)):
             raise ValueError(f"sampler_max: expected weights 0 <= sampler_min <= sampler_max, got {low} and {high}")
@@ -208,7 +206,7 @@ def check_positive(objective: Objective, *fields: str, zero: bool = False) -> No
     """Refuse a setting that is not a finite number > 0 (>= 0 where `zero`)."""
     for field in fields:
         value = getattr(objective, field)
-        if not (0 <= value if zero else 0 < value) or value == float("inf"):
+        if not (value >= 0 if zero else value > 0) or value == float("inf"):
             raise ValueError(f"{field}: expected a finite number {'>=' if zero else '>'} 0, got {value}")
 
 

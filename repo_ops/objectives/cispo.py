@@ -1,4 +1,4 @@
-"""CISPO: -sg(clip(r, 1 - eps_low, 1 + eps_high)) A logp; the ratio is a bounded constant weight and no token is dropped.
+"""CISPO: -sg(clip(r, 1 - eps_low, 1 + eps_high)) A logp; the ratio is a bounded weight and no token is dropped.
 
 Source: arXiv 2506.13585 eq. 4. The paper sets no effective lower bound (eps_low = 1); ScaleRL (arXiv 2510.13786) caps
 the ratio at 5, which is eps_high = 4 here: widths around 1, as everywhere in this library.
@@ -13,6 +13,9 @@ from typing import ClassVar
 from torch import Tensor
 
 from repo_ops.objectives import base
+from repo_ops.scope import Scope, widest
+from repo_ops.terms import ratio_level
+from repo_ops.terms.weighted_logps import weighted_logps
 from repo_ops.tokens import Tokens
 
 
@@ -24,26 +27,37 @@ class Objective(base.Objective):
     """Weights are at least 1 - eps_low; 1 is no lower bound (the paper's setting)."""
     eps_high: float = 4.0
     """Weights are at most 1 + eps_high; 4 (ScaleRL's cap of 5), verl's example 0.2."""
+    ratio_level: str = "token"
+    """Whose ratio is the weight: "token", "sequence_mean", "sequence_sum" or "prefix_min"."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         base.check_width("eps_low", self.eps_low, low=True)
         base.check_width("eps_high", self.eps_high)
+        base.check_choice(self, "ratio_level", ratio_level.LEVELS)
+
+    @property
+    def reach(self) -> Scope:
+        return widest(super().reach, ratio_level.LEVELS[self.ratio_level].scope)
 
     def __call__(self, tokens: Tokens) -> Tensor:
-        weight = tokens.log_ratio.detach().exp().clamp(1 - self.eps_low, 1 + self.eps_high)
-        return -weight * tokens.advantages * tokens.logps
+        weight = self._ratio(tokens).clamp(1 - self.eps_low, 1 + self.eps_high)
+        return weighted_logps(tokens.logps, tokens.advantages, weight)
 
     def gates(self, tokens: Tokens) -> dict[str, Tensor]:
-        ratio = tokens.log_ratio.detach().exp()
+        ratio = self._ratio(tokens)
         return {"capped_low": ratio < 1 - self.eps_low, "capped_high": ratio > 1 + self.eps_high}
+
+    def _ratio(self, tokens: Tokens) -> Tensor:
+        return ratio_level.LEVELS[self.ratio_level].combine(tokens, tokens.log_ratio.detach()).exp()
 
 
 def reference(objective: Objective, logps: list[float], old_logps: list[float], advantage: float) -> list[float]:
     """Per-token losses of one sequence, by the formula."""
+    log_ratios = [logp - old for logp, old in zip(logps, old_logps, strict=True)]
     losses = []
-    for logp, old in zip(logps, old_logps, strict=True):
-        weight = max(1 - objective.eps_low, min(1 + objective.eps_high, math.exp(logp - old)))
+    for logp, log_ratio in zip(logps, ratio_level.reference(objective.ratio_level, log_ratios), strict=True):
+        weight = max(1 - objective.eps_low, min(1 + objective.eps_high, math.exp(log_ratio)))
         losses.append(-weight * advantage * logp)
     return losses
 

@@ -21,7 +21,7 @@ def total(values: Tensor, group: dist.ProcessGroup | None) -> Tensor:
 
 def mean(values: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     """0-d mean of `values` [N] over tokens and ranks; 0 where there are none."""
-    sums = torch.stack([values.sum(), values.new_tensor(float(len(values)))])
+    sums = torch.stack([values.sum(), values.new_full((), float(len(values)))])
     value, count = total(sums, group).unbind()
     return value / count.clamp_min(1)
 

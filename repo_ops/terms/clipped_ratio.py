@@ -23,8 +23,8 @@ def gates(ratio: Tensor, advantages: Tensor, low: Bound, high: Bound, delta: Bou
 def clipped_ratio(log_ratio: Tensor, advantages: Tensor, low: Bound, high: Bound, delta: Bound = None) -> Tensor:
     """Per-token loss -min(r A, clip(r, low, high) A) with r = exp(log_ratio); for A < 0 at most delta |A|.
 
-    Where the clip is active the value is the bound's and the gradient is 0; on a bound the gradient is kept. An infinite
-    ratio under a gate, or with A = 0, gives a finite loss and gradient.
+    Where the clip is active the value is the bound's and the gradient is 0; on a bound the gradient is kept. An
+    infinite ratio under a gate, or with A = 0, gives a finite loss and gradient.
 
     Args:
         log_ratio: [N], attached. advantages: [N], constant.

@@ -13,7 +13,7 @@ from repo_ops.tokens import Tokens
 def covariance(tokens: Tokens, group: dist.ProcessGroup | None) -> Tensor:
     """[N] (A - mean A)(logps - mean logps), detached, means over the micro-batches of `group`.
 
-    Source: arXiv 2505.22617 eq. 9.
+    Source: arXiv 2505.22617.
     """
     logps = tokens.logps.detach()
     centred = tokens.advantages - across_ranks.mean(tokens.advantages, group)

@@ -35,7 +35,7 @@ def support_tv(logps: Tensor, behaviour_logps: Tensor) -> Tensor:
 
 
 def support_kl(logps: Tensor, behaviour_logps: Tensor) -> Tensor:
-    """KL(behaviour || policy) over K tokens and one bin for the rest, from log-probabilities [N, K] of both policies."""
+    """KL(behaviour || policy) over K tokens and one bin for the rest, from log-probabilities [N, K] of both."""
     inside = (behaviour_logps.exp() * (behaviour_logps - logps)).sum(-1)
     rest = _rest(behaviour_logps)
     return inside + rest * (rest.log() - _rest(logps).log())

@@ -1,4 +1,4 @@
-"""At which level policies are compared: how a sequence's token log-ratios become the log-ratio that a token is judged by."""
+"""At which level policies are compared: from token log-ratios to the log-ratio that a token is judged by."""
 
 from __future__ import annotations
 
