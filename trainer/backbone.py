@@ -1,7 +1,8 @@
-"""What the learner needs of a Hugging Face causal language model: hidden states of packed rows, and the head's weights."""
+"""What the learner needs of a Hugging Face causal language model: hidden states of packed rows, and the head."""
 
 from __future__ import annotations
 
+import inspect
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -31,12 +32,12 @@ class Backbone:
 
     def __init__(self, model: PreTrainedModel, *, autocast: torch.dtype | None = None) -> None:
         self.model = model.eval()
-        self.config = model.config.get_text_config()
-        self.autocast = autocast
         self.attention = _attention_of(model)
-        self.window = _window_of(self.config)
+        self.window = _window_of(model.config.get_text_config())
         self.head: dict[str, Any] = head_arguments(model)
+        self.autocast: torch.dtype | None = None
         _compare_with_separate_rows(self)
+        self.autocast = autocast
 
     def hidden(self, batch: MicroBatch) -> Tensor:
         """Hidden state that predicts each target of the micro-batch, [N, D] in the head's dtype.
@@ -46,8 +47,10 @@ class Backbone:
         """
         longest = int(batch.position_ids.max()) + 1
         if self.window is not None and longest > self.window:
-            raise ValueError(f"model: expected prompt + completion within its attention window of {self.window} tokens, "
-                             f"got {longest}; shared-prefix rows would not be exact: shorten max_new_tokens")  # fmt: skip
+            raise ValueError(
+                f"model: expected prompt + completion within its attention window of {self.window} tokens, got "
+                f"{longest}; beyond it shared-prefix rows would not be exact: shorten prompts or max_new_tokens"
+            )
         mask = batch.attention_mask()
         if self.attention == "eager":  # eager attention adds its mask to the scores
             dtype = self.autocast or self.head["weight"].dtype
@@ -81,10 +84,18 @@ def head_arguments(model: PreTrainedModel) -> dict[str, Any]:
 
 
 def _attention_of(model: PreTrainedModel) -> str:
+    takes = inspect.signature(model.get_decoder().forward).parameters
+    if getattr(model, "_is_stateful", False) or not {"attention_mask", "position_ids"} <= set(takes):
+        raise ValueError(
+            f"model: expected attention layers that take a mask and positions, got {type(model).__name__}, which is "
+            "recurrent or has positions of its own; shared-prefix rows would not be exact"
+        )
     name = model.config.get_text_config()._attn_implementation
     if name not in ("sdpa", "eager"):
-        raise ValueError(f"model: expected attention 'sdpa' or 'eager', got {name!r}, which ignores the mask of "
-                         "shared-prefix rows; load it with attn_implementation='sdpa'")  # fmt: skip
+        raise ValueError(
+            f"model: expected attention 'sdpa' or 'eager', got {name!r}, which ignores the mask of shared-prefix rows; "
+            "load it with attn_implementation='sdpa'"
+        )
     return name
 
 
@@ -112,11 +123,12 @@ def _compare_with_separate_rows(backbone: Backbone) -> None:
     separate = []
     for index in batch.sequences:
         row = torch.tensor([prompt + completions[index]], device=device)
-        with backbone._precision(device):
-            logits = backbone.model(input_ids=row, use_cache=False).logits[0, len(prompt) - 1 : -1]
+        logits = backbone.model(input_ids=row, use_cache=False).logits[0, len(prompt) - 1 : -1]
         separate.append(logits.float().log_softmax(-1).gather(-1, row[0, len(prompt) :, None])[:, 0])
     gap = (packed - torch.cat(separate)).abs().max().item()
-    exact = backbone.autocast is None and backbone.head["weight"].dtype == torch.float32
-    if not gap < (1e-3 if exact else 0.25):  # bfloat16 layers round: 0.05 is usual; a wrong mask gives whole nats
-        raise ValueError(f"model: packed and separate rows of {type(backbone.model).__name__} differ by {gap:.3g} nats; it "
-                         "has recurrent layers, positions of its own, or a scaling of the logits that is not supported")  # fmt: skip
+    # float32 differs by 1e-6; bfloat16 weights round to a few hundredths where a wrong mask gives whole nats
+    if not gap < (1e-3 if backbone.head["weight"].dtype == torch.float32 else 0.25):
+        raise ValueError(
+            f"model: packed and separate rows of {type(backbone.model).__name__} differ by {gap:.3g} nats; it has "
+            "recurrent layers, positions of its own, or a scaling of the logits that is not supported"
+        )

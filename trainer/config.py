@@ -1,4 +1,4 @@
-"""Every setting of a training run: one frozen dataclass, read from YAML and the command line, checked before any work."""
+"""Every setting of a training run: one frozen dataclass, read from YAML and the command line, checked at once."""
 
 from __future__ import annotations
 
@@ -27,20 +27,22 @@ class TrainConfig:
     task_args: dict[str, Any] = field(default_factory=dict)
     """Options of the task, e.g. --task_args.digits 2."""
     reward: str | None = None
-    """exact_match, number_match, prefix_match, math_verify, module:function or file.py:function (none: the task's own)."""
+    """exact_match, number_match, prefix_match, math_verify, module:function, file.py:function (none: the task's)."""
     output_dir: str = "runs/train"
     """Folder for metrics.jsonl, config.yaml, report.png and the trained model; made if absent."""
     seed: int = 0
     """Seeds data order, sampling and replay; the same seed gives the same metrics."""
 
     objective: str = "grpo"
-    """Policy objective: grpo, dr_grpo, dapo, bnpo_loss_type, cispo, gspo, or repo (GRPO that also takes replayed rows)."""
+    """Policy objective: grpo, dr_grpo, dapo, bnpo_loss_type, cispo, gspo, or repo (replayed rows beside fresh ones)."""
     objective_args: dict[str, Any] = field(default_factory=dict)
     """Hyper-parameters of the objective, e.g. --objective_args.eps_high 0.28."""
     beta: float = 0.0
     """Weight of the KL to the starting model (>= 0; usual 0 to 0.04); above 0 a frozen copy of the model is kept."""
     advantage_estimator: str = "grpo"
     """How rewards of a group become advantages: grpo (mean and std), dr_grpo (mean only)..."""
+    advantage_args: dict[str, Any] = field(default_factory=dict)
+    """Hyper-parameters of that estimator."""
     advantage_mode: Literal["split", "mixed"] = "split"
     """Replayed rows have a mean and std of their own (split), or share the group's (mixed)."""
 
@@ -105,20 +107,20 @@ class TrainConfig:
     save_model: bool = True
     """Write the trained model to output_dir/model."""
 
+    @property
+    def advantages(self) -> dict[str, Any]:
+        """How `repo_ops.group_advantages` is to be called."""
+        return {"estimator": self.advantage_estimator, "mode": self.advantage_mode, **self.advantage_args}
+
     def __post_init__(self) -> None:
-        at_least = {"replay_num": 1, "replay_min_size": 1, "replay_capacity": 1, "off_policy_coef": 0, "beta": 0, "lr": 0,
-                    "steps": 1, "prompts_per_step": 1, "group_size": 2, "train_size": 1, "heldout_size": 0,
-                    "heldout_samples": 1, "eval_steps": 0, "log_steps": 1, "top_k": 0, "warmup": 0, "weight_decay": 0, "micro_batch_tokens": 1}  # fmt: skip
-        for name, least in at_least.items():
-            value = getattr(self, name)
-            if not (math.isfinite(value) and value >= least):
-                raise ValueError(f"{name}: expected at least {least}, got {value}")
+        for names, least in _AT_LEAST.items():
+            for name in names:
+                value = getattr(self, name)
+                if value is not None and not (math.isfinite(value) and value >= least):
+                    raise ValueError(f"{name}: expected at least {least}, got {value}")
         for name in ("temperature", "max_grad_norm"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}: expected more than 0, got {getattr(self, name)}")
-        for name in ("max_new_tokens", "threads"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p: expected more than 0 and at most 1, got {self.top_p}")
         if not all(0 <= beta < 1 for beta in self.betas):
@@ -126,8 +128,10 @@ class TrainConfig:
         if self.warmup > self.steps:
             raise ValueError(f"warmup: expected at most steps = {self.steps}, got {self.warmup}")
         if self.prompts_per_step > self.train_size:
-            raise ValueError(f"prompts_per_step: expected at most train_size = {self.train_size}, "
-                             f"got {self.prompts_per_step}; a step would hold a prompt twice")  # fmt: skip
+            raise ValueError(
+                f"prompts_per_step: expected at most train_size = {self.train_size}, got {self.prompts_per_step}; "
+                "a step would hold a prompt twice"
+            )
         if "beta" in self.objective_args:
             raise ValueError("objective_args: beta has a key of its own; write --beta instead")
         if self.replay is not None:
@@ -135,15 +139,28 @@ class TrainConfig:
 
     def _check_replay(self) -> None:
         if self.top_k != 0 or self.top_p != 1:
-            raise ValueError(f"top_k, top_p: expected 0 and 1 with replay, got {self.top_k} and {self.top_p}; the stored "
-                             "log-probabilities would be those of another distribution than the learner's")  # fmt: skip
+            raise ValueError(
+                f"top_k, top_p: expected 0 and 1 with replay, got {self.top_k} and {self.top_p}; the stored "
+                "log-probabilities would belong to another distribution than the learner's"
+            )
         if self.replay_capacity < self.replay_min_size:
-            raise ValueError(f"replay_capacity: expected at least replay_min_size = {self.replay_min_size}, "
-                             f"got {self.replay_capacity}; replay would never start")  # fmt: skip
+            raise ValueError(
+                f"replay_capacity: expected at least replay_min_size = {self.replay_min_size}, "
+                f"got {self.replay_capacity}; replay would never start"
+            )
+
+
+_AT_LEAST = {
+    ("off_policy_coef", "beta", "lr", "weight_decay"): 0,
+    ("heldout_size", "eval_steps", "top_k", "warmup"): 0,
+    ("replay_num", "replay_capacity", "replay_min_size", "steps", "prompts_per_step", "train_size"): 1,
+    ("heldout_samples", "log_steps", "max_new_tokens", "micro_batch_tokens", "threads"): 1,
+    ("group_size",): 2,
+}
 
 
 def parse_config(arguments: Sequence[str] = (), *, prog: str = "repo-ops train") -> TrainConfig:
-    """The TrainConfig that command line arguments describe: --config FILE.yaml, --KEY VALUE, --objective_args.KEY VALUE.
+    """The TrainConfig that command line arguments describe: --config FILE.yaml, --KEY VALUE, --task_args.KEY VALUE.
 
     Later ones win. A mistake prints one sentence and exits with status 2.
     """
@@ -169,7 +186,7 @@ def parse_settings(kind: type[Settings], arguments: Sequence[str], *, prog: str,
 
 
 def _check_keys(arguments: list[str], known: list[str], error: Any) -> None:
-    """Finds the first key, on the line or in a YAML file, that is none of `known`: jsonargparse would not say which is meant."""
+    """Calls `error` for a key, on the line or in a YAML file, that is none of `known`, and names the nearest."""
     for place, argument in enumerate(arguments):
         if not argument.startswith("--"):
             continue
@@ -210,7 +227,7 @@ def save_config(config: TrainConfig, path: Path) -> None:
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
-    """Learning rate of step 1, 2, ..., config.steps: linear warm-up, then the schedule, which reaches 0 one step past the end.
+    """Learning rate of step 1, 2, ..., config.steps: linear warm-up, then the schedule, 0 one step past the end.
 
     A function of the step alone: a run that resumes has nothing to restore.
     """

@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 __all__ = ["CAPTION", "Demo", "demo_configs", "parse_demo", "run_demo"]
 
 CAPTION = (
-    "One seed, one small task: the two runs share start, prompts and seeds, not the completions after step 1. Replay raises the "
-    "share of prompts with a gradient by construction; that it ends with a higher reward is not claimed. "
-    "Seconds are of this machine, now."
+    "One seed and one small task. Both runs start from the same weights and see the same prompts with the same seeds. "
+    "Replay raises the share of prompts with a gradient by construction. Not claimed: that it ends with a higher "
+    "reward, or that it is worth its extra seconds here."
 )
 
 

@@ -1,7 +1,7 @@
 """One optimizer step on scored completions: pack the live ones, sum the loss over micro-batches, step.
 
-Only sequences that can carry a gradient are computed; the denominators of the loss still count all of them, so loss and
-gradient are those of the whole step, however it is cut into micro-batches.
+Only sequences that can carry a gradient are computed; the denominators of the loss still count all of them, so loss
+and gradient are those of the whole step, however it is cut into micro-batches.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ class ScoredSequence:
 class Learner:
     """Holds the model, the objective and AdamW, and makes one step at a time.
 
-    On-policy sequences were sampled from the very weights they train, so their importance ratio is 1 by construction and
-    no extra forward computes old log-probabilities. Replayed sequences use the log-probabilities stored with them.
+    On-policy sequences were sampled from the very weights they train, so their importance ratio is 1 by construction
+    and no extra forward computes old log-probabilities. Replayed sequences use those that were stored with them.
 
     Args:
         model: its parameters that require a gradient are trained; stays in eval mode.
@@ -88,8 +88,8 @@ class Learner:
     def step(self, sequences: Sequence[ScoredSequence], *, lr: float) -> dict[str, float]:
         """Metrics of one optimizer step with learning rate `lr`.
 
-        `learner/skipped` is 1 where the parameters were left alone: no sequence was live, or the loss or the gradient's
-        norm was not finite (`learner/nonfinite` is then 1 too).
+        `learner/skipped` is 1 where the parameters were left alone: no sequence was live, or the loss or the gradient
+        was not finite (`learner/nonfinite` is then 1 too).
         """
         started = time.perf_counter()
         self.optimizer.zero_grad(set_to_none=True)
@@ -180,8 +180,10 @@ class Learner:
     def _replayed(self, sequences: list[ScoredSequence], num_items: NumItems) -> dict[str, Any]:
         for sequence in sequences:
             if len(sequence.logps) != len(sequence.token_ids):
-                raise ValueError(f"logps: expected one for each of the {len(sequence.token_ids)} tokens of a replayed "
-                                 f"sequence, got {len(sequence.logps)}; store the sampler's log-probabilities")  # fmt: skip
+                raise ValueError(
+                    f"logps: expected one for each of the {len(sequence.token_ids)} tokens of a replayed sequence, "
+                    f"got {len(sequence.logps)}; store the sampler's log-probabilities"
+                )
         device = self.parameters[0].device
         return {
             "old_logps": torch.tensor([logp for sequence in sequences for logp in sequence.logps], device=device),
@@ -217,8 +219,4 @@ def _select(cu_seqlens: Tensor, members: list[int]) -> tuple[Tensor, Tensor]:
 
 def _shown(metrics: Metrics) -> dict[str, float]:
     """The step's metrics as numbers, without those that are constant because fresh rows have ratio 1."""
-    return {
-        name: value
-        for name, value in summarize(metrics).items()
-        if "/" in name or name in ("kl", "entropy")
-    }
+    return {name: value for name, value in summarize(metrics).items() if "/" in name or name in ("kl", "entropy")}

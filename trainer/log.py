@@ -21,7 +21,7 @@ METRICS_FILE = "metrics.jsonl"
 class RunLog:
     """Writes one line a step to folder/metrics.jsonl and shows the step; use it in a `with` block.
 
-    Step 0 holds the evaluation before training. Each line is flushed, so a run that dies leaves every step it finished.
+    Step 0 holds the evaluation before training. Each line is flushed, so a run that dies leaves its steps.
 
     Args:
         name: shown before the bar, and in plain lines.

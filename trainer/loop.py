@@ -105,14 +105,14 @@ def train(run: Run, *, name: str = "train", console: Console | None = None) -> d
 
 
 def examples_of_step(config: TrainConfig, examples: Sequence[Example], step: int) -> list[Example]:
-    """The prompts of step 1, 2, ...: the pool in a new order each time round; a function of (seed, step) alone."""
-    first = (step - 1) * config.prompts_per_step
-    chosen = []
-    for place in range(first, first + config.prompts_per_step):
-        order = list(range(len(examples)))
-        random.Random(f"{config.seed}/{place // len(examples)}").shuffle(order)
-        chosen.append(examples[order[place % len(examples)]])
-    return chosen
+    """The prompts of step 1, 2, ..., all different: the pool in a new order each time round.
+
+    A function of (seed, step) alone. What does not fill a last step is left out of that round.
+    """
+    steps_a_round = len(examples) // config.prompts_per_step
+    round_, place = divmod(step - 1, steps_a_round)
+    order = random.Random(f"{config.seed}/{round_}").sample(examples, len(examples))
+    return order[place * config.prompts_per_step : (place + 1) * config.prompts_per_step]
 
 
 def seed_of(config: TrainConfig, step: int) -> int:
@@ -124,7 +124,8 @@ def scored_groups(run: Run, examples: Sequence[Example], generated: Sequence[Seq
     """The completions of each prompt that the reward functions gave a number."""
     flat = [(example, completion) for example, group in zip(examples, generated) for completion in group]
     columns = {name: [example.columns[name] for example, _ in flat] for name in examples[0].columns}
-    scores = score({"reward": (run.reward, 1.0)}, [example.prompt for example, _ in flat], [c.text for _, c in flat], columns)
+    texts = [completion.text for _, completion in flat]
+    scores = score({"reward": (run.reward, 1.0)}, [example.prompt for example, _ in flat], texts, columns)
     totals = iter(scores.totals)
     groups = []
     prompts = encode_prompts(run.tokenizer, [example.prompt for example in examples])
@@ -158,8 +159,8 @@ def with_advantages(config: TrainConfig, groups: Sequence[Group]) -> list[Scored
         torch.tensor([reward for _, _, _, reward, _ in rows]),
         torch.tensor([i for i, *_ in rows]),
         off_policy=torch.tensor([replayed for *_, replayed in rows]),
-        mode=config.advantage_mode,
-        estimator=config.advantage_estimator,
+        lengths=torch.tensor([len(completion.token_ids) for _, _, completion, _, _ in rows]),
+        **config.advantages,
     )
     return [
         ScoredSequence(prompt_ids, completion.token_ids, advantage, replayed, completion.logps, group=i)

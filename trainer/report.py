@@ -51,9 +51,7 @@ def _reward(ax: Axes, metrics: Mapping[str, Lines]) -> None:
         ax.plot(steps, _smooth(values), color=colour, linewidth=2.2, label=f"{name}, train")
         steps, values = _series(lines, "eval/sampled_mean")
         if steps:
-            ax.plot(
-                steps, values, "o:", color=colour, markersize=8, markerfacecolor="white", label=f"{name}, held-out"
-            )
+            ax.plot(steps, values, "o:", color=colour, markersize=8, markerfacecolor="white", label=f"{name}, held-out")
     _style(ax, f"Reward (bold: mean of {WINDOW} steps)", "mean reward", unit_range=True)
 
 

@@ -1,21 +1,22 @@
 """Prompts and completions packed so that each distinct prefix is computed once.
 
-A policy-gradient step scores many completions of the same prompt: G fresh ones, and the replayed ones. All of them go into
-one row that starts with the prompt. Completions that begin alike share those tokens too, so a row is a tree of tokens laid
-out depth first:
+A policy-gradient step scores many completions of the same prompt: G fresh ones, and the replayed ones. All of them go
+into one row that starts with the prompt. Completions that begin alike share those tokens too, so a row is a tree of
+tokens laid out depth first:
 
     prompt   3 * 4 =
     1st      _ 1 2 <newline>            row:  3 * 4 = _ 1 2 4
     2nd      _ 1 4 <newline>            each token sees its ancestors: the 4 sees "3 * 4 = _ 1", never the 2
 
-A token's position is its depth, and the attention mask lets it see its ancestors and itself, so every hidden state is the
-one that a separate row would give. The last token of a completion is predicted and never read: it takes no place.
+A token's position is its depth, and the attention mask lets it see its ancestors and itself, so every hidden state is
+the one that a separate row would give. The last token of a completion is predicted and never read: it takes no place.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,7 +48,9 @@ class MicroBatch:
 
     def to(self, device: torch.device | str) -> MicroBatch:
         """The same micro-batch with its tensors on `device`."""
-        moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        moved: dict[str, Any] = {
+            name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)
+        }
         return replace(self, **moved)
 
 
@@ -75,8 +78,10 @@ def pack_rows(
     members: dict[tuple[int, ...], list[tuple[tuple[int, ...], int]]] = {}
     for sequence, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
         if len(prompt) == 0:
-            raise ValueError(f"prompts[{sequence}]: expected at least one token, got none; the first token of a "
-                             "completion is predicted by the last token of its prompt")  # fmt: skip
+            raise ValueError(
+                f"prompts[{sequence}]: expected at least one token, got none; the first token of a completion is "
+                "predicted by the last token of its prompt"
+            )
         if len(completion) > 0:
             members.setdefault(tuple(prompt), []).append((tuple(completion), sequence))
     rows = [row for prompt, group in members.items() for row in _rows_of_prompt(prompt, group, max_tokens)]
@@ -141,7 +146,7 @@ def _rows_of_prompt(
     prompt: tuple[int, ...], group: list[tuple[tuple[int, ...], int]], max_tokens: int
 ) -> Iterator[_Row]:
     row = _Row(prompt)
-    # in sorted order, completions that begin alike are neighbours, so comparing with the last one finds every shared prefix
+    # sorted, completions that begin alike are neighbours: comparing with the last one finds every shared prefix
     for completion, sequence in sorted(group):
         grown = len(row.tokens) + len(completion) - 1 - row.shared(completion)
         if row.members and grown > max_tokens:

@@ -60,6 +60,8 @@ def prepare(config: TrainConfig) -> Run:
     """
     objective_args = {"beta": config.beta, **config.objective_args}
     repo_ops.get_objective(config.objective, **{"max_length": 1, **objective_args})
+    two = torch.zeros(2)
+    repo_ops.group_advantages(two, two.long(), off_policy=two.bool(), lengths=two.long(), **config.advantages)
     buffer = None
     if config.replay is not None:
         buffer = ReplayBuffer(
@@ -69,8 +71,6 @@ def prepare(config: TrainConfig) -> Run:
     task = load_task(config.task, **sizes, seed=config.seed, **config.task_args)
     reward = task.reward if config.reward is None else load_reward(config.reward)
     max_new_tokens = config.max_new_tokens or task.max_new_tokens
-    folder = Path(config.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
 
     if config.threads is not None:
         torch.set_num_threads(config.threads)
@@ -91,4 +91,6 @@ def prepare(config: TrainConfig) -> Run:
         max_grad_norm=config.max_grad_norm,
     )
     engine = HFGenerate(model, tokenizer, stop=task.stop, autocast_dtype=autocast)
+    folder = Path(config.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
     return Run(config, folder, task, reward, max_new_tokens, model, tokenizer, engine, learner, buffer)

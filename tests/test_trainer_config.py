@@ -1,0 +1,110 @@
+"""Settings: each mistake is one sentence that names the key, and no key goes unread."""
+
+import inspect
+import re
+from dataclasses import fields, replace
+from pathlib import Path
+
+import pytest
+
+import repo_ops.trainer
+from repo_ops.trainer.config import TrainConfig, learning_rate, parse_config, save_config
+from repo_ops.trainer.demo import Demo, parse_demo
+
+
+def refused(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> str:
+    with pytest.raises(SystemExit) as exit_:
+        parse_config(arguments)
+    assert exit_.value.code == 2
+    return capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--repaly", "variance"], "unknown key 'repaly'; did you mean 'replay'?"),
+        (["--group-size=4"], "unknown key 'group-size'; did you mean 'group_size'?"),
+        (["--objectiv_args.eps_high", "0.3"], "unknown key 'objectiv_args'; did you mean 'objective_args'?"),
+        (["--zzz"], "unknown key 'zzz'; see --help"),
+        (["--group_size", "1"], "group_size: expected at least 2, got 1"),
+        (["--steps=0"], "steps: expected at least 1, got 0"),
+        (["--threads", "0"], "threads: expected at least 1, got 0"),
+        (["--lr", "-1"], "lr: expected at least 0, got -1.0"),
+        (["--temperature", "0"], "temperature: expected more than 0, got 0.0"),
+        (["--betas", "[0.9, 1.0]"], "betas: expected two numbers in [0, 1), got (0.9, 1.0)"),
+        (["--top_p", "1.5"], "top_p: expected more than 0 and at most 1, got 1.5"),
+        (["--warmup", "9", "--steps", "5"], "warmup: expected at most steps = 5, got 9"),
+        (["--prompts_per_step", "9", "--train_size", "8"], "prompts_per_step: expected at most train_size = 8, got 9"),
+        (["--objective_args.beta", "0.1"], "objective_args: beta has a key of its own"),
+        (["--replay", "random", "--top_k", "5"], "top_k, top_p: expected 0 and 1 with replay, got 5 and 1.0"),
+        (["--replay", "random", "--replay_capacity", "4"], "replay_capacity: expected at least replay_min_size = 8"),
+        (["--lr", "fast"], "Got value: fast"),
+        (["--schedule", "step"], "Got value: step"),
+        (["--config", "nowhere.yaml"], "config: expected a readable YAML file, got nowhere.yaml"),
+    ],
+)
+def test_a_mistake_is_one_sentence(capsys, arguments: list[str], sentence: str) -> None:
+    assert sentence in refused(capsys, arguments)
+
+
+def test_yaml_dotted_overrides_and_their_order(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("lr: 1.0e-4\nsteps: 3\nobjective_args: {eps_low: 0.1}\nbetas: [0.8, 0.9]\n")
+    config = parse_config(["--config", str(file), "--steps", "5", "--objective_args.eps_high", "0.3"])
+    assert config == TrainConfig(lr=1e-4, steps=5, objective_args={"eps_low": 0.1, "eps_high": 0.3}, betas=(0.8, 0.9))
+
+
+def test_an_unknown_key_in_yaml_names_the_file(capsys, tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("stepps: 3\n")
+    assert f"{file}: unknown key 'stepps'; did you mean 'steps'?" in refused(capsys, [f"--config={file}"])
+    file.write_text("- steps\n")
+    assert "config: expected key: value lines" in refused(capsys, ["--config", str(file)])
+
+
+def test_saved_settings_read_back_equal(tmp_path: Path) -> None:
+    config = TrainConfig(
+        replay="variance", betas=(0.8, 0.9), objective_args={"eps_high": 0.3}, max_grad_norm=float("inf")
+    )
+    save_config(config, tmp_path / "config.yaml")
+    assert parse_config(["--config", str(tmp_path / "config.yaml")]) == config
+
+
+def test_every_key_is_read_somewhere() -> None:
+    folder = Path(repo_ops.trainer.__file__).parent
+    source = "\n".join(path.read_text() for path in folder.glob("*.py") if path.name != "config.py")
+    own = (folder / "config.py").read_text().split("def learning_rate")[1] + inspect.getsource(
+        TrainConfig.advantages.fget
+    )
+    unread = [f.name for f in fields(TrainConfig) if not re.search(rf"(config|self)\.{f.name}\b", source + own)]
+    assert unread == []
+
+
+def test_every_key_has_a_line_of_help(capsys) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        parse_config(["--help"])
+    assert exit_.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for field in fields(TrainConfig):
+        assert re.search(rf"--{field.name} \S+ (?!\(type)", text), f"{field.name} has no description"
+
+
+def test_learning_rate_by_hand() -> None:
+    base = TrainConfig(lr=8.0, steps=6, warmup=2)
+    linear, cosine = replace(base, schedule="linear"), replace(base, schedule="cosine")
+    assert [learning_rate(base, s) for s in range(1, 7)] == [4, 8, 8, 8, 8, 8]
+    assert [learning_rate(linear, s) for s in range(1, 7)] == [4, 8, 8, 6, 4, 2]
+    # cos(pi p) at p = 0, 1/4, 1/2, 3/4 of the way from 8 to 0
+    assert [round(learning_rate(cosine, s), 4) for s in range(1, 7)] == [4, 8, 8, 6.8284, 4, 1.1716]
+
+
+def test_demo_reads_its_own_keys(capsys) -> None:
+    assert parse_demo(["--steps", "3", "--model", "tiny"]) == Demo(steps=3, model="tiny")
+    with pytest.raises(SystemExit):
+        parse_demo(["--stps", "3"])
+    assert "unknown key 'stps'; did you mean 'steps'?" in capsys.readouterr().err
+
+
+def test_a_number_that_is_none_is_refused() -> None:
+    with pytest.raises(ValueError, match="lr: expected at least 0, got nan"):
+        TrainConfig(lr=float("nan"))

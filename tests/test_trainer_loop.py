@@ -1,0 +1,293 @@
+"""The real path of a run, from the console's arguments to the files it leaves, on the tiny model."""
+
+import json
+from collections import defaultdict
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import torch
+
+from repo_ops.cli import main
+from repo_ops.trainer.config import TrainConfig
+from repo_ops.trainer.learner import Learner, ScoredSequence
+from repo_ops.trainer.log import read_metrics
+from repo_ops.trainer.loop import examples_of_step, train
+from repo_ops.trainer.models import load_model
+from repo_ops.trainer.rollout import Completion, encode_prompts
+from repo_ops.trainer.rollout.hf import HFGenerate
+from repo_ops.trainer.run import Run, prepare
+from repo_ops.trainer.tasks import Example
+
+# 4 of 8 prompts a step: they come round at step 3, so that 4 steps are enough for a replay of every prompt
+SMALL = {
+    "model": "tiny",
+    "task": "reverse",
+    "steps": 4,
+    "prompts_per_step": 4,
+    "group_size": 4,
+    "train_size": 8,
+    "heldout_size": 3,
+    "heldout_samples": 2,
+    "lr": 1e-4,
+    "autocast": False,
+    "threads": 1,
+}
+REPLAY = {"objective": "repo", "replay": "variance", "replay_num": 4, "replay_min_size": 4}
+CLOCK = ("time/", "memory/", "tokens_per_second")  # what two runs of the same seed may differ in
+
+
+def arguments(folder: Path, **settings: object) -> list[str]:
+    words = ["train", "--output_dir", str(folder)]
+    for name, value in {**SMALL, **settings}.items():
+        words += [f"--{name}", str(value).lower() if isinstance(value, bool) else str(value)]
+    return words
+
+
+def prepared(folder: Path, **settings: object) -> Run:
+    return prepare(TrainConfig(output_dir=str(folder), save_model=False, **{**SMALL, **settings}))  # type: ignore[arg-type]
+
+
+def repeatable(folder: Path) -> list[dict[str, object]]:
+    return [{k: v for k, v in line.items() if not k.startswith(CLOCK)} for line in read_metrics(folder)]
+
+
+def weights(run: Run) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in run.model.state_dict().items()}
+
+
+def test_a_run_from_the_console_leaves_its_files_and_can_be_repeated(tmp_path: Path, capsys) -> None:
+    main(arguments(tmp_path / "a", **REPLAY))
+    out = capsys.readouterr().out
+    assert "step   4/4" in out
+    assert "train reward, last 5 steps" in out
+    lines = read_metrics(tmp_path / "a")
+    assert [line["step"] for line in lines] == [0, 1, 2, 3, 4]
+    assert set(lines[0]) > {"eval/sampled_mean", "eval/greedy_mean"}
+    assert "eval/sampled_mean" in lines[4]
+    assert not any(name.startswith("eval/") for line in lines[1:4] for name in line)
+    expected = {
+        *("reward/mean", "frac_reward_zero_std", "completions/mean_length", "completions/clipped_ratio"),
+        *("groups/effective_on", "groups/effective_off", "groups/effective"),
+        *("replay/size", "replay/distinct_prompts", "replay/age_steps_mean", "replay/share_of_sequences"),
+        *("loss", "grad_norm", "lr", "tokens_per_second", "memory/peak_mb"),
+        *("time/generate", "time/learner", "time/rest"),
+    }
+    assert all(expected <= set(line) for line in lines[1:])
+    assert {"off_policy/ess", "off_policy/ratio_max", "off_policy/clip_low", "off_policy/clip_high"} <= set(lines[4])
+    assert lines[4]["replay/distinct_prompts"] == 8
+    assert lines[4]["replay/size"] == 4 * 4 * 4  # every sample of every step: far below the capacity
+    assert lines[4]["replay/drawn"] > 0
+    assert all(line["memory/peak_mb"] > 50 for line in lines[1:])
+    assert (tmp_path / "a" / "report.png").stat().st_size > 10_000
+    model, tokenizer = load_model(str(tmp_path / "a" / "model"))
+    start, _ = load_model("tiny")
+    moved = [not torch.equal(a, b) for a, b in zip(model.parameters(), start.parameters(), strict=True)]
+    assert all(moved)
+    assert encode_prompts(tokenizer, ["r:abc="])
+
+    config = ["--config", str(tmp_path / "a" / "config.yaml"), "--output_dir", str(tmp_path / "b")]
+    main(["train", *config, "--save_model", "false"])
+    assert repeatable(tmp_path / "b") == repeatable(tmp_path / "a")
+    assert not (tmp_path / "b" / "model").exists()
+    main(["train", *config, "--save_model", "false", "--seed", "1"])
+    assert repeatable(tmp_path / "b") != repeatable(tmp_path / "a")
+
+
+@dataclass
+class Watched:
+    """What went through a run: completions by step and prompt, and what the learner was given."""
+
+    generated: list[dict[str, list[Completion]]] = field(default_factory=list)
+    learned: list[list[ScoredSequence]] = field(default_factory=list)
+
+
+@pytest.fixture
+def watched(monkeypatch: pytest.MonkeyPatch) -> Watched:
+    seen = Watched()
+    generate, step = HFGenerate.generate, Learner.step
+
+    def watched_generate(self, prompts, **sampling):
+        groups = generate(self, prompts, **sampling)
+        if sampling["num_samples"] == SMALL["group_size"]:  # not an evaluation
+            seen.generated.append(dict(zip(prompts, groups, strict=True)))
+        return groups
+
+    def watched_step(self, sequences, *, lr):
+        seen.learned.append(list(sequences))
+        return step(self, sequences, lr=lr)
+
+    monkeypatch.setattr(HFGenerate, "generate", watched_generate)
+    monkeypatch.setattr(Learner, "step", watched_step)
+    return seen
+
+
+def test_replay_really_replays(tmp_path: Path, watched: Watched) -> None:
+    run = prepared(tmp_path, **REPLAY, steps=6)
+    train(run)
+    name_of = {
+        tuple(ids): prompt
+        for group in watched.generated
+        for prompt, ids in zip(group, encode_prompts(run.tokenizer, list(group)), strict=True)
+    }
+    stored: dict[str, dict[tuple[int, ...], list[tuple[float, ...]]]] = defaultdict(lambda: defaultdict(list))
+    replayed_prompts = set()
+    for generated, learned in zip(watched.generated, watched.learned, strict=True):
+        fresh = [s for s in learned if not s.off_policy]
+        assert len(fresh) == 16  # every fresh completion is there, with its own tokens
+        assert sorted(s.token_ids for s in fresh) == sorted(c.token_ids for g in generated.values() for c in g)
+        for prompt in generated:
+            drawn = [s for s in learned if s.off_policy and name_of[s.prompt_ids] == prompt]
+            # the prompt's earlier samples, and so none of this step: they are stored after the loop below
+            assert len(drawn) == min(4, sum(map(len, stored[prompt].values())))
+            for s in drawn:
+                assert s.logps in stored[prompt][s.token_ids]
+                replayed_prompts.add(prompt)
+        for prompt, completions in generated.items():
+            for c in completions:
+                stored[prompt][c.token_ids].append(c.logps)
+    assert len(replayed_prompts) == len(stored) == 8  # all of the pool
+
+
+def test_replayed_rewards_and_advantages_are_those_of_their_own_group(tmp_path: Path, watched: Watched) -> None:
+    run = prepared(tmp_path, **REPLAY, steps=5)
+    train(run)
+    answers = {e.prompt: e.columns["answer"] for e in run.task.train}
+    text_of = {c.token_ids: c.text for group in watched.generated for cs in group.values() for c in cs}
+    prompt_of = {tuple(ids): p for p, ids in zip(answers, encode_prompts(run.tokenizer, list(answers)), strict=True)}
+    checked = 0
+    for learned in watched.learned:
+        for group in {s.group for s in learned}:
+            for replayed in (False, True):
+                members = [s for s in learned if s.group == group and s.off_policy is replayed]
+                rewards = [float(text_of[s.token_ids].strip() == answers[prompt_of[s.prompt_ids]]) for s in members]
+                if len(members) < 2:
+                    continue
+                r = torch.tensor(rewards, dtype=torch.float64)
+                expected = (r - r.mean()) / (r.std() + 1e-4)
+                assert [s.advantage for s in members] == pytest.approx(expected.tolist(), abs=1e-5)
+                checked += replayed and bool(r.std() > 0)
+    assert checked > 0
+
+
+def test_replay_off_is_bit_identical_to_no_buffer(tmp_path: Path) -> None:
+    results = []
+    settings = (
+        {"objective": "repo"},
+        {"objective": "repo", "replay": "variance", "replay_min_size": 999, "replay_capacity": 999},
+        {"objective": "grpo"},
+    )
+    for i, each in enumerate(settings):
+        run = prepared(tmp_path / str(i), **each)
+        train(run)
+        results.append((weights(run), [line.get("loss") for line in read_metrics(run.folder)]))
+    for found, losses in results[1:]:
+        assert losses == results[0][1]
+        assert all(torch.equal(found[name], value) for name, value in results[0][0].items())
+
+
+def reward_file(folder: Path, body: str) -> str:
+    path = folder / "reward.py"
+    path.write_text(f"def reward(prompts, completions, **columns):\n    return {body}\n")
+    return f"{path}:reward"
+
+
+def test_all_groups_dead(tmp_path: Path) -> None:
+    run = prepared(tmp_path, reward=reward_file(tmp_path, "[0.0] * len(prompts)"), **REPLAY)
+    before = weights(run)
+    train(run)
+    for line in read_metrics(tmp_path)[1:]:
+        assert line["learner/skipped"] == 1
+        assert line["learner/nonfinite"] == line["groups/effective"] == line["grad_norm"] == 0
+        assert line["frac_reward_zero_std"] == 1
+    assert all(torch.equal(value, before[name]) for name, value in weights(run).items())
+
+
+def test_completions_without_a_reward_are_left_out(tmp_path: Path, watched: Watched) -> None:
+    body = "[None if i % 4 == 3 else float(len(c) % 2) for i, c in enumerate(completions)]"
+    run = prepared(tmp_path, reward=reward_file(tmp_path, body), heldout_size=0, **REPLAY)
+    train(run)
+    lines = read_metrics(tmp_path)
+    assert [line["reward/scored"] for line in lines[1:]] == [12] * 4
+    assert lines[4]["replay/size"] == 4 * 12
+    assert [sum(not s.off_policy for s in learned) for learned in watched.learned] == [12] * 4
+    assert lines[0] == {"step": 0}  # no held-out prompts, no evaluation
+    nothing = prepared(tmp_path, reward=reward_file(tmp_path, "[None] * len(prompts)"), heldout_size=0, **REPLAY)
+    train(nothing)
+    assert all(line["learner/skipped"] == 1 for line in read_metrics(tmp_path)[1:])
+
+
+def test_empty_completions_count_and_are_never_replayed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    generate = HFGenerate.generate
+
+    def with_an_empty_one(self, prompts, **sampling):
+        groups = generate(self, prompts, **sampling)
+        return [[Completion((), (), "", False), *group[1:]] for group in groups]
+
+    monkeypatch.setattr(HFGenerate, "generate", with_an_empty_one)
+    run = prepared(tmp_path, reward=reward_file(tmp_path, "[float(len(c) % 2) for c in completions]"), **REPLAY)
+    train(run)
+    lines = read_metrics(tmp_path)
+    assert lines[4]["replay/size"] == 4 * 12
+    assert all(line["reward/scored"] == 16 for line in lines[1:])
+    assert any(line["learner/skipped"] == 0 for line in lines[1:])
+
+
+def test_a_step_that_is_not_finite_is_said_and_survived(tmp_path: Path, monkeypatch, capsys) -> None:
+    step = Learner.step
+
+    def poisoned(self, sequences, *, lr):
+        one = sequences[0]
+        # the ratio overflows, and with a negative advantage nothing clips it
+        bad = ScoredSequence(one.prompt_ids, one.token_ids, -1.0, True, (-1e4,) * len(one.token_ids))
+        return step(self, [*sequences, bad], lr=lr)
+
+    monkeypatch.setattr(Learner, "step", poisoned)
+    train(prepared(tmp_path, steps=2))
+    assert "step 1: the loss or the gradient was not finite; the parameters were left" in capsys.readouterr().out
+    assert [line["learner/nonfinite"] for line in read_metrics(tmp_path)[1:]] == [1, 1]
+    assert json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[1])["loss"] is None
+
+
+def test_every_prompt_comes_round_before_any_comes_again() -> None:
+    pool = [Example(str(i), f"{i}=", {}) for i in range(6)]
+
+    def keys(steps: range, **settings: object) -> list[str]:
+        config = TrainConfig(**{"prompts_per_step": 3, "train_size": 6, "seed": 3, **settings})  # type: ignore[arg-type]
+        return [example.key for step in steps for example in examples_of_step(config, pool, step)]
+
+    stream = keys(range(1, 9))
+    assert [sorted(stream[i : i + 6]) for i in range(0, 24, 6)] == [list("012345")] * 4
+    assert stream[:6] != stream[6:12]
+    assert stream == keys(range(1, 9), objective="repo", replay="recency")
+    assert stream != keys(range(1, 9), seed=4)
+    for step in range(1, 9):  # 4 does not divide 6: no prompt twice in a step, the rest waits for another round
+        assert len(set(keys(range(step, step + 1), prompts_per_step=4))) == 4
+
+
+def test_demo_trains_both_from_the_same_start_and_shows_them(tmp_path: Path, capsys) -> None:
+    main(
+        [
+            "demo",
+            "--model",
+            "tiny",
+            "--task",
+            "reverse",
+            "--steps",
+            "2",
+            "--output_dir",
+            str(tmp_path),
+            "--threads",
+            "1",
+        ]
+    )
+    out = capsys.readouterr().out
+    assert "GRPO" in out
+    assert "RePO (variance)" in out
+    assert f"picture: {tmp_path / 'report.png'}" in out
+    assert (tmp_path / "report.png").is_file()
+    grpo, repo = read_metrics(tmp_path / "grpo"), read_metrics(tmp_path / "repo")
+    assert grpo[0] == repo[0]
+    assert grpo[1]["reward/mean"] == repo[1]["reward/mean"]
+    assert "replay/size" in repo[2]
+    assert "replay/size" not in grpo[2]
