@@ -71,5 +71,13 @@ types: $(DEV_STAMP)
 	@ln -s $(CURDIR)/repo_ops/* $(CURDIR)/kernels $(CURDIR)/trainer build/types/repo_ops/
 	cd build/types && $(abspath $(BIN))/mypy --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/.mypy_cache --package repo_ops
 
+# Half an hour on two cores with nothing else running; results and pictures are written to benchmarks/results.
+RESULTS := benchmarks/results
 bench: $(DEV_STAMP)
+	@$(PIP) --no-deps cut-cross-entropy
 	$(BIN)/pytest benchmarks $(ARGS)
+	$(BIN)/python benchmarks/bench_linear_policy_loss.py --shapes SmolLM2-135M Qwen3-0.6B --dead 0 70 \
+	  --dead-kind zero_advantage --json $(RESULTS)/linear_policy_loss-cpu.json
+	$(BIN)/python benchmarks/bench_linear_policy_loss.py --dtype bfloat16 --json $(RESULTS)/linear_policy_loss-cpu-bfloat16.json
+	$(BIN)/python benchmarks/learner_step.py --json $(RESULTS)/learner_step-cpu.json
+	$(BIN)/python benchmarks/report.py $(RESULTS)/*-cpu*.json

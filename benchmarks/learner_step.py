@@ -3,7 +3,7 @@
     python benchmarks/learner_step.py --json benchmarks/results/learner_step-cpu.json
 
 Ours is the trainer's own road: live sequences packed into shared-prefix rows, linear_policy_loss at the head; packing
-is timed too. TRL's is the `_compute_loss` of a real GRPOTrainer and a backward, its padded tensors made beforehand. Both
+is timed too. TRL's is the `_compute_loss` of a real GRPOTrainer and a backward, padded tensors made beforehand. Both
 are on policy (no old log-probabilities: the ratio is 1), beta 0, loss type grpo. Loss and gradients are compared first.
 """
 
@@ -14,6 +14,7 @@ import copy
 import json
 import sys
 import tempfile
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
@@ -114,7 +115,7 @@ def trl(
 
     device = next(model.parameters()).device
     config = GRPOConfig(
-        output_dir=tempfile.mkdtemp(),
+        output_dir=str(Path(tempfile.gettempdir()) / "repo-ops-benchmark-trl"),  # nothing is written to it
         per_device_train_batch_size=len(sequences),
         num_generations=_group_size(sequences),
         max_completion_length=len(sequences[0].token_ids),
@@ -296,6 +297,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     settings = _parse(given)
     if settings.threads:
         torch.set_num_threads(settings.threads)
+    warnings.simplefilter("ignore", FutureWarning)  # transformers renames settings that trl passes on
     machine = describe(settings.device, ["learner_step.py", *given])
     report: dict[str, Any] = {"machine": machine, "model": settings.model, "cases": []}
     print(f"{machine['device']}, {machine['threads']} threads, torch {torch.__version__}, model {settings.model}")
