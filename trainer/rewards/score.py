@@ -123,6 +123,8 @@ def _module(name: str, where: str) -> ModuleType:
 
 
 def _check_columns(name: str, function: RewardFunction, columns: Mapping[str, Sequence[Any]]) -> None:
+    if inspect.iscoroutinefunction(function):
+        raise TypeError(f"reward {name}: expected an ordinary function, got an async one; wrap it in asyncio.run")
     try:
         inspect.signature(function).bind([], [], **{column: [] for column in columns})
     except TypeError as error:
@@ -167,7 +169,7 @@ class _NotAReward(Exception):  # noqa: N818
 
 
 def _checked(name: str, values: Any, wanted: int) -> list[float | None]:
-    if not isinstance(values, Sequence) and not hasattr(values, "__len__"):
+    if isinstance(values, str) or not hasattr(values, "__len__"):
         raise _NotAReward(TypeError(f"reward {name}: expected a list of numbers or None, got {type(values).__name__}"))
     if len(values) != wanted:
         raise _NotAReward(ValueError(f"reward {name}: expected {wanted} rewards, one a completion, got {len(values)}"))

@@ -185,7 +185,8 @@ def stop_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, s
     for string in stop:
         if len(string) != 1:
             raise ValueError(f"stop: expected single characters such as '\\n', got {string!r}")
-    texts = tokenizer.batch_decode([[i] for i in range(len(tokenizer))]) if stop else []
+    # without the names of special tokens: <pad> does not hold the letter a
+    texts = tokenizer.batch_decode([[i] for i in range(len(tokenizer))], skip_special_tokens=True) if stop else []
     ids = {i for i, text in enumerate(texts) if any(character in text for character in stop)}
     for eos in (model.generation_config.eos_token_id, model.config.eos_token_id, tokenizer.eos_token_id):
         ids.update([eos] if isinstance(eos, int) else eos or [])

@@ -99,7 +99,7 @@ def load_task(name: str, *, train_size: int, heldout_size: int, seed: int = 0, *
     asked = train_size + heldout_size
     # shots come from the problems that are not held out, the asked one excepted
     needed = max(asked, heldout_size + source.shots + 1)
-    pool = _different_problems(source.problems(seed, **options), 20 * needed if source.balanced else needed)
+    pool = _different_problems(source.problems(seed, **options), 8 * needed if source.balanced else needed)
     if len(pool) < needed:
         raise ValueError(
             f"train_size, heldout_size: expected at most {len(pool)} problems of task {name!r} in all, got "
@@ -132,8 +132,8 @@ def _different_problems(stream: Iterator[Problem], wanted: int) -> list[Problem]
     """Up to `wanted` problems with different keys; fewer when the stream has run out of new ones."""
     found: dict[str, Problem] = {}
     dry = 0
-    # a problem as rare as one in 4 * len(found) is missed with a chance below 1e-4
-    while len(found) < wanted and dry < 40 * len(found) + 200:
+    # of two numbers, the equal pairs are half as frequent as the others: one is missed with a chance of exp(-12)
+    while len(found) < wanted and dry < 25 * len(found) + 200:
         problem = next(stream)
         dry = dry + 1 if problem.key in found else 0
         found.setdefault(problem.key, problem)

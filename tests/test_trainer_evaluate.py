@@ -1,0 +1,116 @@
+"""Held-out evaluation against numbers worked by hand."""
+
+import itertools
+import math
+
+import pytest
+
+from repo_ops.trainer.evaluate import evaluate, interval, pass_at_k
+from repo_ops.trainer.rollout import Completion
+from repo_ops.trainer.tasks import Example
+
+
+class Scripted:
+    """An engine that says what it was told to, so that every number can be worked out by hand."""
+
+    def __init__(self, sampled: dict[str, list[str]], greedy: dict[str, str]) -> None:
+        self.sampled = sampled
+        self.greedy = greedy
+        self.calls = []
+
+    def generate(self, prompts, *, num_samples, greedy=False, **settings):
+        self.calls.append({"num_samples": num_samples, "greedy": greedy, **settings})
+        texts = [[self.greedy[p]] * num_samples if greedy else self.sampled[p][:num_samples] for p in prompts]
+        return [[Completion((1,), (-0.1,), text, finished=text != "?") for text in group] for group in texts]
+
+    def sync(self, version):
+        raise AssertionError("evaluation does not move the policy")
+
+
+EXAMPLES = [Example("a", "A", {"answer": "1"}), Example("b", "B", {"answer": "2"})]
+
+
+def right(prompts, completions, *, answer):
+    """Half a point for a letter; None for a question mark."""
+    return [
+        None if c == "?" else 1.0 if c == a else 0.5 if c.isalpha() else 0.0
+        for c, a in zip(completions, answer, strict=True)
+    ]
+
+
+def test_by_hand():
+    engine = Scripted({"A": ["1", "1", "0", "x"], "B": ["0", "0", "?", "0"]}, {"A": "1", "B": "x"})
+    result = evaluate(engine, EXAMPLES, right, num_samples=4, max_new_tokens=3, temperature=0.7, ks=(1, 2), seed=9)
+    # A: 2 of 4 solved; B: 0 of 3 that have a reward
+    low_1, high_1 = interval(0.25, 2)
+    low_2, high_2 = interval(5 / 12, 2)
+    assert result == pytest.approx(
+        {
+            "prompts": 2,
+            "greedy_mean": 0.75,
+            "greedy_accuracy": 0.5,
+            "sampled_mean": 2.5 / 7,
+            "finished": 7 / 8,
+            "unscored": 1,
+            "pass@1": (2 / 4 + 0) / 2,
+            "pass@1_low": low_1,
+            "pass@1_high": high_1,
+            "pass@2": (5 / 6 + 0) / 2,  # of the 6 pairs of A one has no right answer
+            "pass@2_low": low_2,
+            "pass@2_high": high_2,
+        }
+    )
+    assert [call["greedy"] for call in engine.calls] == [True, False]
+    assert engine.calls[1] == {
+        "num_samples": 4, "greedy": False, "max_new_tokens": 3, "temperature": 0.7, "seed": 9
+    }  # fmt: skip
+
+
+def test_success_may_be_less_than_one():
+    engine = Scripted({"A": ["x", "0"], "B": ["2", "2"]}, {"A": "x", "B": "0"})
+    result = evaluate(engine, EXAMPLES, right, num_samples=2, max_new_tokens=3, success=0.5)
+    assert result["greedy_accuracy"] == 0.5
+    assert result["pass@1"] == 0.75
+
+
+def test_greedy_only():
+    engine = Scripted({}, {"A": "1", "B": "?"})
+    result = evaluate(engine, EXAMPLES, right, num_samples=0, max_new_tokens=3)
+    assert result == {"prompts": 2, "greedy_mean": 1.0, "greedy_accuracy": 1.0, "unscored": 1}
+
+
+def test_nothing_scored_is_nan_and_no_examples_is_empty():
+    engine = Scripted({"A": ["?"], "B": ["?"]}, {"A": "?", "B": "?"})
+    result = evaluate(engine, EXAMPLES, right, num_samples=1, max_new_tokens=3)
+    assert result["unscored"] == 4
+    for name in ("greedy_mean", "sampled_mean", "pass@1", "pass@1_low"):
+        assert math.isnan(result[name])
+    assert evaluate(engine, [], right, num_samples=1, max_new_tokens=3) == {}
+
+
+@pytest.mark.parametrize("k", [0, 5])
+def test_k_beyond_the_samples_is_refused(k):
+    with pytest.raises(ValueError, match=r"^ks: expected numbers from 1 to num_samples = 4"):
+        evaluate(Scripted({}, {}), EXAMPLES, right, num_samples=4, max_new_tokens=3, ks=(1, k))
+
+
+@pytest.mark.parametrize(("n", "solved", "k"), [(4, 2, 1), (5, 1, 3), (6, 6, 2), (6, 0, 2), (7, 5, 3), (3, 1, 3)])
+def test_pass_at_k_is_the_share_of_subsets_that_hold_a_solution(n, solved, k):
+    subsets = list(itertools.combinations([True] * solved + [False] * (n - solved), k))
+    assert pass_at_k(n, solved, k) == pytest.approx(sum(map(any, subsets)) / len(subsets))
+
+
+@pytest.mark.parametrize(("n", "solved", "k"), [(4, 2, 5), (4, 5, 1), (4, -1, 1), (4, 2, 0)])
+def test_pass_at_k_refuses_the_impossible(n, solved, k):
+    with pytest.raises(ValueError, match=r"^pass_at_k: expected"):
+        pass_at_k(n, solved, k)
+
+
+def test_interval():
+    # 8 of 10: the textbook example of Wilson's interval
+    assert interval(0.8, 10) == pytest.approx((0.4902, 0.9433), abs=1e-4)
+    low, high = interval(1.0, 20)
+    assert high == 1.0
+    assert 0.8 < low < 0.9  # not a point, though all values are equal
+    assert interval(0.0, 20) == pytest.approx((0.0, 1 - low))
+    assert all(math.isnan(x) for x in interval(math.nan, 0))
