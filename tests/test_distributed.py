@@ -1,0 +1,40 @@
+"""Two gloo ranks against one process: FSDP2 wrappings and vocabulary shards."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).parent
+
+
+def launch(worker: str) -> list[str]:
+    """Lines that `worker` printed on two ranks."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", str(TESTS / worker)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout.splitlines()
+
+
+@pytest.mark.slow
+def test_fsdp2_gradients_are_those_of_one_process_or_the_wrapping_is_refused():
+    lines = [line for line in launch("worker_fsdp2.py") if line.startswith(("root", "tail", "own"))]
+    # root x {untied, tied} x accumulation {1, 2}, tail and own units untied x {1, 2}
+    assert len(lines) == 8
+    for line in lines:
+        wrapping, tied, _, outcome = line.split(maxsplit=3)
+        if wrapping == "own":
+            assert outcome.startswith("refused: weight: expected a plain tensor, got a DTensor")
+        else:
+            assert float(outcome) < 1e-5, (wrapping, tied)
+
+
+@pytest.mark.slow
+def test_vocabulary_shards_give_the_values_and_gradients_of_the_whole():
+    lines = [line for line in launch("worker_tensor_parallel.py") if line.startswith("rank")]
+    assert len(lines) == 4  # two ranks, two heads
+    for line in lines:
+        assert float(line.split()[-1]) < 1e-5, line

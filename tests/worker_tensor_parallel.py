@@ -1,0 +1,48 @@
+"""Two ranks that hold uneven shards of the vocabulary against one process; the worst relative error of each case."""
+
+import torch
+import torch.distributed as dist
+
+from repo_ops import Options, get_objective, linear_logps, linear_policy_loss
+
+V, CUTS = 101, (0, 70, 101)
+HEADS = {"plain": {}, "capped": {"softcap": 4.0, "logit_scale": 0.9, "temperature": 0.7}}
+
+
+def error(found, expected):
+    return max(((a - b).norm() / b.norm()).item() for a, b in zip(found, expected, strict=True))
+
+
+def main():
+    dist.init_process_group("gloo")
+    torch.manual_seed(0)
+    shard = slice(*CUTS[dist.get_rank() : dist.get_rank() + 2])
+    hidden, weight, bias = torch.randn(3, 5, 8), torch.randn(V, 8), torch.randn(V)
+    adapter = torch.randn(3, 5, 2), torch.randn(V, 2)
+    targets, mask, advantages = torch.randint(0, V, (3, 5)), torch.rand(3, 5) < 0.8, torch.randn(3)
+    dlogps, dentropy = torch.randn(3, 5), torch.randn(3, 5)
+    objective = get_objective("gspo", entropy_coef=0.1)
+
+    def grads(weight, bias, low_weight, group, head):
+        tensors = [t.clone().requires_grad_() for t in (hidden, weight, bias, adapter[0], low_weight)]
+        h, w, b, low, up = tensors
+        head = {**head, "bias": b, "adapter": (low, up), "tp_group": group, "mask": mask}
+        stats = linear_logps(h, w, targets, with_entropy=True, **head)
+        first = torch.autograd.grad((stats.logps * dlogps + stats.entropy * dentropy).sum(), tensors)
+        found = linear_policy_loss(h, w, targets, advantages, objective=objective, options=Options(), **head)
+        second = torch.autograd.grad(found.loss, tensors)
+        return [stats.logps, stats.entropy, found.loss.reshape(1)], [first, second]
+
+    for name, head in HEADS.items():
+        values, both = grads(weight[shard], bias[shard], adapter[1][shard], dist.group.WORLD, head)
+        whole_values, whole_both = grads(weight, bias, adapter[1], None, head)
+        worst = error(values, whole_values)
+        for found, expected in zip(both, whole_both, strict=True):
+            h, w, b, low, up = expected
+            worst = max(worst, error(found, (h, w[shard], b[shard], low, up[shard])))
+        print(f"rank{dist.get_rank()} {name} {worst:.1e}\n", end="", flush=True)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
