@@ -10,6 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from repo_ops.terms.bounded_exp import LIMIT, bounded_exp
 from repo_ops.tokens import Tokens
 
 
@@ -24,9 +25,10 @@ def k2(logps: Tensor, ref_logps: Tensor) -> Tensor:
 
 
 def k3(logps: Tensor, ref_logps: Tensor) -> Tensor:
-    """exp(x) - x - 1, never negative; gradient 1 - exp(x)."""
+    """exp(x) - x - 1, never negative; gradient 1 - exp(x). Beyond x = 70 the exponential counts as exp(70)."""
     x = ref_logps - logps
-    return torch.expm1(x) - x
+    excess = (x - LIMIT).clamp_min(0.0).detach()
+    return torch.expm1(x - excess) - x
 
 
 def absolute(logps: Tensor, ref_logps: Tensor) -> Tensor:
@@ -45,7 +47,7 @@ def unbiased(logps: Tensor, ref_logps: Tensor, old_logps: Tensor) -> Tensor:
 
     Source: DeepSeek-V3.2, arXiv 2512.02556; TRL's `use_bias_correction_kl`.
     """
-    return (logps - old_logps).exp() * k3(logps, ref_logps)
+    return bounded_exp(logps - old_logps, LIMIT / 2) * k3(logps, ref_logps)
 
 
 def _of_two(estimator: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tokens], Tensor]:

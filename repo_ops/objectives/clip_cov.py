@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from repo_ops.objectives import base, grpo
+from repo_ops.terms import ratio_level
 from repo_ops.terms.covariance import covariance, largest
 from repo_ops.tokens import Tokens
 
@@ -63,9 +64,11 @@ def reference(
     rows = [grpo.reference(objective, *row) for row in zip(logps, old_logps, advantages, strict=True)]
     flat = [(logp, a) for row, a in zip(logps, advantages, strict=True) for logp in row]
     mean_logp, mean_a = sum(x for x, _ in flat) / len(flat), sum(a for _, a in flat) / len(flat)
+    low, high, limit = 1 - objective.eps_low, 1 + objective.eps_high, objective.log_ratio_clamp or math.inf
     for i, (row, olds, a) in enumerate(zip(logps, old_logps, advantages, strict=True)):
-        for t, (logp, old) in enumerate(zip(row, olds, strict=True)):
-            ratio, low, high = math.exp(logp - old), 1 - objective.eps_low, 1 + objective.eps_high
+        drifts = [min(max(logp - old, -limit), limit) for logp, old in zip(row, olds, strict=True)]
+        for t, (logp, drift) in enumerate(zip(row, ratio_level.reference(objective.ratio_level, drifts), strict=True)):
+            ratio = math.exp(drift)
             clipped = (a > 0 and ratio > high) or (a < 0 and ratio < low)
             clipped = clipped or (a < 0 and objective.delta is not None and ratio > objective.delta)
             if objective.cov_min < (a - mean_a) * (logp - mean_logp) < objective.cov_max and not clipped:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from repo_ops.objectives import base
+from repo_ops.terms.bounded_exp import bounded_exp
 from repo_ops.terms.by_sign import by_sign
 from repo_ops.tokens import Tokens
 
@@ -38,9 +39,7 @@ class Objective(base.Objective):
         log_ratio, stopped = tokens.log_ratio, self._stopped(tokens)
         bound = by_sign(tokens.advantages > 0, self.eps_high, -self.eps_low, log_ratio)
         mean = tokens.spread(tokens.sequence_mean(torch.where(stopped, bound, log_ratio)))
-        # an infinite weight on a sequence without advantage is no number
-        alive = tokens.advantages != 0
-        return torch.where(alive, -torch.where(alive, mean, 0.0).exp() * tokens.advantages, 0.0)
+        return -bounded_exp(mean) * tokens.advantages
 
     def gates(self, tokens: Tokens) -> dict[str, Tensor]:
         stopped = self._stopped(tokens)

@@ -67,10 +67,9 @@ VECTORS = [
         ([[-1.0], [-3.0]], [[-1.0], [-3.0]], [2.0, -2.0]),
         ([[-2.0], [2.0]], [[-2.0], [2.0]]),
     ),  # on policy: nothing to add
-    # the second token of row 1 lies higher above the mean: cov 1 * 1 against 1 * 0 and -1 * -1/... of the others
+    # mean A 3, mean logp -2: covariances 1, 0, -1 and 0, so the first token alone is penalised
     (
-        ([[-1.0, -2.0], [-3.0]], [[-2.0, -2.0], [-3.0]], [3.0, 0.0]),
-        ([[1.0 - 3 * math.e, -3.0], [0.0]], [[1.0 - 3 * math.e, -3.0], [0.0]]),
-        {"fraction": 0.4},
+        ([[-1.0, -2.0, -3.0], [-2.0]], [[-2.0, -2.0, -3.0], [-2.0]], [4.0, 0.0]),
+        ([[1 - 4 * math.e, -4.0, -4.0], [0.0]], [[1 - 4 * math.e, -4.0, -4.0], [0.0]]),
     ),
 ]

@@ -17,6 +17,7 @@ from torch import Tensor
 from repo_ops.objectives import base
 from repo_ops.scope import Scope, widest
 from repo_ops.terms import ratio_level, trust_region
+from repo_ops.terms.bounded_exp import bounded_exp
 from repo_ops.terms.weighted_logps import weighted_logps
 from repo_ops.tokens import Tokens
 
@@ -107,7 +108,7 @@ class Objective(base.Objective):
         return rules[self.clip]()
 
     def _weight(self, tokens: Tokens) -> Tensor:
-        ratio, (_, _, far_low, far_high) = tokens.log_ratio.detach().exp(), self._bounds()
+        ratio, (_, _, far_low, far_high) = bounded_exp(tokens.log_ratio.detach()), self._bounds()
         rules = {
             "none": lambda: torch.ones_like(ratio),
             "ratio": lambda: ratio,
@@ -119,7 +120,7 @@ class Objective(base.Objective):
 
 
 def _sequence_ratio(tokens: Tokens) -> Tensor:
-    return ratio_level.sequence_mean(tokens, tokens.log_ratio.detach()).exp()
+    return bounded_exp(ratio_level.sequence_mean(tokens, tokens.log_ratio.detach()))
 
 
 def reference(objective: Objective, logps: list[float], old_logps: list[float], advantage: float) -> list[float]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from repo_ops.terms.bounded_exp import bounded_exp
+
 Bound = float | Tensor | None
 
 
@@ -23,8 +25,8 @@ def gates(ratio: Tensor, advantages: Tensor, low: Bound, high: Bound, delta: Bou
 def clipped_ratio(log_ratio: Tensor, advantages: Tensor, low: Bound, high: Bound, delta: Bound = None) -> Tensor:
     """Per-token loss -min(r A, clip(r, low, high) A) with r = exp(log_ratio); for A < 0 at most delta |A|.
 
-    Where the clip is active the value is the bound's and the gradient is 0; on a bound the gradient is kept. An
-    infinite ratio under a gate, or with A = 0, gives a finite loss and gradient.
+    Where the clip is active the value is the bound's and the gradient is 0; on a bound the gradient is kept. Ratios
+    beyond exp(70) count as that, so that loss and gradient stay finite.
 
     Args:
         log_ratio: [N], attached. advantages: [N], constant.
@@ -32,11 +34,10 @@ def clipped_ratio(log_ratio: Tensor, advantages: Tensor, low: Bound, high: Bound
         delta: upper bound on the ratio for negative advantages (dual clip), or None.
     Source: arXiv 1707.06347 eq. 7; dual clip arXiv 1912.09729; delta arXiv 2505.07291.
     """
-    ratio = log_ratio.detach().exp()
+    ratio = bounded_exp(log_ratio.detach())
     below, above = gates(ratio, advantages, low, high, delta)
     kept = ~(below | above) & (advantages != 0)
-    # exp's backward multiplies by its own result: an inf that is masked afterwards would turn into inf * 0 = NaN
-    attached = torch.where(kept, log_ratio, 0.0).exp()
+    attached = bounded_exp(log_ratio)
     loss = torch.where(kept, -attached * advantages, 0.0)
     for bound, side in ((low, below), (high, above & (advantages > 0)), (delta, above & (advantages < 0))):
         if bound is not None:
