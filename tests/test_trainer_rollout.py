@@ -8,7 +8,7 @@ import random
 import pytest
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, PreTrainedModel
 
 from repo_ops.trainer.models import TinyModel, load_model
 from repo_ops.trainer.rollout import Completion, encode_prompts
@@ -53,6 +53,33 @@ def test_logps_are_those_of_a_forward_over_the_whole_text(tiny, max_batch_size):
     for prompt, group in zip(encode_prompts(tokenizer, PROMPTS), groups):
         for completion in group:
             expected = gathered(true_logps(double, prompt, completion, 0.7), completion)
+            torch.testing.assert_close(torch.tensor(completion.logps, dtype=torch.float64), expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        LlamaConfig(tie_word_embeddings=False),
+        # a window shorter than the prompts, capped logits, every second layer sliding
+        Gemma2Config(sliding_window=4, final_logit_softcapping=5.0, query_pre_attn_scalar=16),
+    ],
+    ids=lambda config: config.model_type,
+)
+def test_other_architectures(tiny, config):
+    """Copied prompts and thinned batches must suit every kind of cache, sliding windows included."""
+    tokenizer = tiny[1]
+    config.update(
+        {"vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2}
+        | {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16, "initializer_range": 0.3}
+        | ({"layer_types": ["sliding_attention", "full_attention"]} if config.model_type == "gemma2" else {})
+    )
+    torch.manual_seed(1)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    groups = HFGenerate(model, tokenizer, stop=tuple("abcdefgh")).generate(PROMPTS, **{**SETTINGS, "num_samples": 8})
+    assert len({len(c.token_ids) for group in groups for c in group}) >= 3
+    for prompt, group in zip(encode_prompts(tokenizer, PROMPTS), groups):
+        for completion in group:
+            expected = gathered(true_logps(model, prompt, completion, 0.7), completion)
             torch.testing.assert_close(torch.tensor(completion.logps, dtype=torch.float64), expected, atol=1e-5, rtol=0)
 
 

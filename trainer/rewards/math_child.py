@@ -20,7 +20,10 @@ def main() -> None:
             # The parent keeps the time: math_verify's own alarms need the main thread and do not stop C code.
             gold = parse(answer, parsing_timeout=None)
             found = parse(completion, parsing_timeout=None)
-            reply = {"correct": bool(gold) and bool(verify(gold, found, timeout_seconds=None)), "parsed": bool(gold)}
+            reply: dict[str, object] = {
+                "correct": bool(gold) and bool(verify(gold, found, timeout_seconds=None)),
+                "parsed": bool(gold),
+            }
         except Exception as error:
             reply = {"error": f"{type(error).__name__}: {error}"}
         print(json.dumps(reply), flush=True)

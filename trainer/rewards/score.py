@@ -7,11 +7,11 @@ import importlib.util
 import inspect
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Protocol
+from typing import Any
 
 from repo_ops.trainer.rewards import answers
 
@@ -20,12 +20,8 @@ log = logging.getLogger(__name__)
 BUILT_IN = ("exact_match", "number_match", "prefix_match")
 
 
-class RewardFunction(Protocol):
-    """f(prompts, completions, **columns) -> one number a completion, or None to leave that sample out."""
-
-    def __call__(
-        self, prompts: Sequence[str], completions: Sequence[str], **columns: Sequence[Any]
-    ) -> Sequence[float | None]: ...
+# f(prompts, completions, **columns) -> one number a completion, or None to leave that sample out
+RewardFunction = Callable[..., Sequence[float | None]]
 
 
 @dataclass

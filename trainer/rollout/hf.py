@@ -15,7 +15,9 @@ from repo_ops.trainer.rollout.sampler import Sampler, ShareEnded, check_sampling
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-# Share of a batch's sequences at which those that have ended leave it.
+# Share of a batch's sequences at which those that have ended leave it. SmolLM2 in float32, one thread of a busy
+# machine, 8 prompts of 22 tokens x 8 samples of 3 to 8 tokens, CPU seconds in one run: 2.8 to 3.1 at any share up to
+# 0.5, 3.9 where all stay to the end, 8.5 where each sample also computes its own prompt.
 DROP_AT = 0.25
 
 
