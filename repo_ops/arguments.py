@@ -69,6 +69,18 @@ def check_float(name: str, value: Tensor) -> None:
         raise TypeError(f"{name}: expected a floating dtype, got {value.dtype}")
 
 
+def check_number(
+    name: str, value: object, expected: str, *, low: float = -math.inf, above: float = -math.inf, remedy: str = ""
+) -> float:
+    """The finite number `value`, at least `low` and more than `above`."""
+    then = f"; {remedy}" if remedy else ""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name}: expected {expected}, got {type(value).__name__} {value!r}{then}")
+    if not (low <= value < math.inf and value > above):
+        raise ValueError(f"{name}: expected {expected}, got {value}{then}")
+    return float(value)
+
+
 def check_values(name: str, ok: Tensor, expected: str, remedy: str) -> None:
     """Refuse values for which `ok` (0-d bool) is False, at once on a CPU, without waiting for the device elsewhere."""
     message = f"{name}: expected {expected}; {remedy}"

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from repo_ops.arguments import Layout, check_float, check_shape, check_values
+from repo_ops.arguments import Layout, check_float, check_number, check_shape, check_values
 from repo_ops.head import shards
 from repo_ops.head.inputs import HeadInputs, Product
 
@@ -26,10 +26,10 @@ class HeadSettings:
     tp_group: dist.ProcessGroup | None = None
 
     def __post_init__(self) -> None:
-        if self.softcap is not None and not 0 < self.softcap < float("inf"):
-            raise ValueError(f"softcap: expected a finite number > 0 or None, got {self.softcap}")
-        if not 0 < abs(self.logit_scale) < float("inf"):
-            raise ValueError(f"logit_scale: expected a finite number other than 0, got {self.logit_scale}")
+        if self.softcap is not None:
+            check_number("softcap", self.softcap, "a finite number > 0 or None", above=0)
+        if check_number("logit_scale", self.logit_scale, "a finite number other than 0") == 0:
+            raise ValueError("logit_scale: expected a finite number other than 0, got 0.0")
         if self.adapter is not None and (not isinstance(self.adapter, tuple) or len(self.adapter) != 2):
             raise TypeError("adapter: expected a pair (scaling * hidden @ A.T [..., r], B [V, r]), as of a LoRA head")
 
@@ -113,9 +113,10 @@ def _check_product(name: str, hidden: Tensor, weight_name: str, weight: Tensor, 
 
 def _inv_temperature(temperature: float | Tensor, where: Layout, device: torch.device) -> Tensor | float:
     if not isinstance(temperature, Tensor):
-        if not 0 < temperature < float("inf"):
-            raise ValueError(f"temperature: expected a finite number > 0, got {temperature}; greedy decoding has none")
-        return 1.0 / float(temperature)
+        remedy = "greedy decoding has none"
+        return 1.0 / check_number("temperature", temperature, "a finite number > 0", above=0, remedy=remedy)
+    if temperature.requires_grad:
+        raise ValueError("temperature: expected constants, got a tensor that requires grad; detach it")
     if temperature.ndim == 0:
         temperature = temperature.expand(where.shape)
     check_float("temperature", temperature)

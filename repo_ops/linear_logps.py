@@ -14,7 +14,7 @@ from repo_ops.head.gradients import Gradients
 from repo_ops.head.inputs import RowStats
 from repo_ops.head.plan import make_plan
 from repo_ops.head_arguments import HeadSettings, head_inputs
-from repo_ops.options import Options
+from repo_ops.options import Options, as_options
 
 
 class TokenStats(NamedTuple):
@@ -88,7 +88,7 @@ def head_logps(
 ) -> tuple[Tensor, Tensor | None]:
     """[L] log-probabilities and entropies of the live tokens of `where`, attached."""
     head = head_inputs(hidden, weight, targets, where, settings)
-    plan = make_plan(head, options or Options())
+    plan = make_plan(head, as_options(options))
     if support_ids is not None:
         return support.logps(head, support.checked(support_ids, head, where), plan, with_entropy)
     return _LinearLogps.apply(*head.tensors, head, plan, with_entropy)

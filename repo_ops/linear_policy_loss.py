@@ -20,7 +20,7 @@ from repo_ops.linear_logps import head_logps
 from repo_ops.loss_inputs import LossInputs, ObjectiveLike, PolicyLoss, loss_inputs
 from repo_ops.metrics import Stat
 from repo_ops.objectives import as_objective
-from repo_ops.options import Options
+from repo_ops.options import Options, as_options
 from repo_ops.reduce import NumItemsLike
 from repo_ops.step_loss import coefficients, loss_metrics, step_loss
 
@@ -81,7 +81,7 @@ def linear_policy_loss(
         TypeError, ValueError: shapes, dtypes or values disagree, or something the objective reads is missing.
     Source: arXiv 2506.09340 for J_on + c J_off.
     """
-    options = options or Options()
+    options = as_options(options)
     chosen = as_objective(objective)
     where = layout(targets, mask, cu_seqlens)
     inputs = loss_inputs(

@@ -65,7 +65,7 @@ class LossInputs:
             logps=logps,
             old_logps=old_logps,
             advantages=self.advantages[rows],
-            lengths=lengths,
+            lengths=None if self.objective.reach == "token" else lengths,  # as in a chunk, so that a false scope shows
             ref_logps=take(self.ref_logps),
             sampler_logps=sampler_logps,
             sampler_known=sampler_known,
@@ -108,10 +108,8 @@ def loss_inputs(
                 "old_logps: expected the log-probabilities stored when replayed rows were sampled, got None; "
                 "without them their ratio would silently be 1"
             )
-    if not 0 < off_policy_coef < float("inf"):
-        raise ValueError(
-            f"off_policy_coef: expected a finite number > 0, got {off_policy_coef}; leave replayed rows out instead"
-        )
+    remedy = "leave replayed rows out instead of giving them no weight"
+    arguments.check_number("off_policy_coef", off_policy_coef, "a finite number > 0", above=0, remedy=remedy)
     given = {"old_logps": old_logps, "ref_logps": ref_logps, "sampler_logps": sampler_logps}
     live: dict[str, Tensor | None] = {}
     for name, values in given.items():

@@ -69,5 +69,7 @@ def summarize(metrics: Mapping[str, Stat]) -> dict[str, float]:
     for name in [n for n in summary if n.rsplit("/", 1)[-1] == "ratio_squared"]:
         prefix = name[: -len("ratio_squared")]
         square = summary.pop(name)
-        summary[f"{prefix}ess"] = summary[f"{prefix}ratio"] ** 2 / square if square > 0 else 0.0
+        # an overflowed ratio outweighs all others
+        finite = 0 < square < float("inf")
+        summary[f"{prefix}ess"] = summary[f"{prefix}ratio"] ** 2 / square if finite else 0.0
     return summary

@@ -27,7 +27,8 @@ class Options:
 
     memory_budget: int | None = None
     """Bytes that the op may hold beyond its outputs and gradients, whatever N. None: 128 MiB on a CPU; on a GPU what a
-    tile of 2048 tokens needs, because smaller tiles make the float32 weight gradient bandwidth-bound."""
+    tile of 2048 tokens needs, because smaller tiles make the float32 weight gradient bandwidth-bound. Gradients of a
+    16-bit weight are summed in float32, which takes 4 V D bytes beside the 2 V D of the result."""
 
     logits_dtype: torch.dtype | None = None
     """Precision in which a tile of logits is stored before the softmax. None: float32 (float64 for float64 inputs). The
@@ -40,10 +41,30 @@ class Options:
     def __post_init__(self) -> None:
         if self.backend not in ("auto", "torch", "triton"):
             raise ValueError(f"options.backend: expected 'auto', 'torch' or 'triton', got {self.backend!r}")
-        if self.memory_budget is not None and self.memory_budget < MIB:
+        budget = self.memory_budget
+        if budget is not None and (isinstance(budget, bool) or not isinstance(budget, int)):
+            raise TypeError(
+                f"options.memory_budget: expected an int of bytes or None, got {budget!r}; 1 << 27 is 128 MiB"
+            )
+        if budget is not None and budget < MIB:
             raise ValueError(
-                f"options.memory_budget: expected bytes, at least {MIB} (1 MiB), got {self.memory_budget}; "
+                f"options.memory_budget: expected bytes, at least {MIB} (1 MiB), got {budget}; "
                 "pass None for the default of the device"
             )
+        if not isinstance(self.all_logps, bool):
+            raise TypeError(f"options.all_logps: expected True or False, got {self.all_logps!r}")
         if self.logits_dtype is not None and self.logits_dtype not in LOGITS_DTYPES:
             raise ValueError(f"options.logits_dtype: expected a floating dtype or None, got {self.logits_dtype}")
+
+
+def as_options(options: Options | None) -> Options:
+    """`options`, or the defaults for None.
+
+    Raises:
+        TypeError: something else than Options.
+    """
+    if options is None:
+        return Options()
+    if not isinstance(options, Options):
+        raise TypeError(f"options: expected repo_ops.Options or None, got {options!r}")
+    return options

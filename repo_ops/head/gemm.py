@@ -97,6 +97,8 @@ def _slices(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]
     if weight.dtype == dtype:
         yield slice(None), weight
         return
-    rows = max(1, SLICE_BYTES // (weight.shape[1] * dtype.itemsize))
+    rows = min(len(weight), max(1, SLICE_BYTES // (weight.shape[1] * dtype.itemsize)))
+    upcast = weight.new_empty((rows, weight.shape[1]), dtype=dtype)
     for start in range(0, len(weight), rows):
-        yield slice(start, start + rows), weight[start : start + rows].to(dtype)
+        part = weight[start : start + rows]
+        yield slice(start, start + len(part)), upcast[: len(part)].copy_(part)

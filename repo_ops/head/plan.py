@@ -69,7 +69,9 @@ def make_plan(head: HeadInputs, options: Options) -> Plan:
     budget, fixed = options.memory_budget, 0
     if hidden.device.type == "cpu":
         budget = CPU_BUDGET if budget is None else budget
-        fixed = BLOCK_BYTES * (2 if row_bytes < BLOCK_BYTES else 0)
+        # temporaries of the row arithmetic, a block of rows each: logarithms, and a softcap's slope in three steps
+        blocks = 1 + (3 if head.softcap is not None else 0) + 1
+        fixed = blocks * max(BLOCK_BYTES, 4 * vocab_size * tile_dtype.itemsize)
         fixed += SLICE_BYTES if weight.dtype != tile_dtype else 0
     rows = GPU_ROWS if budget is None else (budget - fixed) // row_bytes
     if rows < 1:
