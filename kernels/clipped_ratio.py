@@ -1,4 +1,4 @@
-"""The clipped-ratio surrogate of packed tokens: loss, d loss / d logp and what was clipped, in one pass over [N] floats."""
+"""The clipped-ratio surrogate of packed tokens: loss, d loss / d logp and what was clipped, in one launch."""
 
 from __future__ import annotations
 
@@ -43,11 +43,12 @@ def _log_ratio(logps, old_logps, tokens, mask):
 
 
 @triton.jit
-def _bound(values, value, tokens, mask):
-    """A bound from its tensor, else from its float (which may be None: no bound on that side)."""
-    if values is not None:
-        return tl.load(values + tokens, mask=mask, other=1.0)
-    return value
+def _bound(bound, tokens, mask):
+    """A bound given as one number or as a number a token."""
+    if bound.dtype.is_ptr():
+        return tl.load(bound + tokens, mask=mask, other=1.0)
+    else:
+        return bound
 
 
 @triton.jit
@@ -58,11 +59,11 @@ def _loaded_or_one(values, tokens, mask):
 
 
 @triton.jit
-def _surrogate(ratio, advantage, low, high, delta):
+def _surrogate(ratio, advantage, low, high, delta, tokens, mask):
     """-min(r A, clip(r, low, high) A) (for A < 0 at most delta |A|), its derivative in r, and the three clip masks.
 
-    Comparisons choose, nothing is multiplied by 0: r may be inf, and inf * 0 is NaN. A NaN ratio compares False everywhere
-    and so stays NaN. A ratio equal to a bound keeps its gradient. A == 0 gives exactly 0, whatever the ratio.
+    Comparisons choose, nothing is multiplied by 0: r may be inf, and inf * 0 is NaN. A NaN ratio compares False
+    everywhere and so stays NaN. A ratio equal to a bound keeps its gradient. A == 0 gives exactly 0, whatever r is.
     """
     positive = advantage > 0
     negative = advantage < 0
@@ -72,11 +73,13 @@ def _surrogate(ratio, advantage, low, high, delta):
     is_delta = never
     kept = ratio
     if high is not None:
-        is_high = positive & (ratio > high)
-        kept = tl.where(is_high, high, kept)
+        most = _bound(high, tokens, mask)
+        is_high = positive & (ratio > most)
+        kept = tl.where(is_high, most, kept)
     if low is not None:
-        is_low = negative & (ratio < low)
-        kept = tl.where(is_low, low, kept)
+        least = _bound(low, tokens, mask)
+        is_low = negative & (ratio < least)
+        kept = tl.where(is_low, least, kept)
     if delta is not None:
         is_delta = negative & (kept > delta)
         kept = tl.where(is_delta, delta, kept)
@@ -135,16 +138,17 @@ def _write_token_loss(
 
 
 _POINTERS = [
-    "logps", "advantages", "old_logps", "low_values", "high_values", "ref_logps", "weights", "kl_weights", "correction",
+    "logps", "advantages", "old_logps", "ref_logps", "weights", "kl_weights", "correction",
     "loss", "dlogps", "ratio", "clipped_low", "clipped_high", "clipped_delta", "kl",
 ]  # fmt: skip
-# Numbers and lengths are run-time values: another batch, bound or beta runs the same binary.
+# Numbers and lengths are run-time values: another batch, bound or beta runs the same binary. A bound given as a tensor
+# and one given as a number are two binaries.
 _RUNTIME = ["low", "high", "delta", "beta", "N"]
 
 
 @triton.jit(do_not_specialize=_RUNTIME, do_not_specialize_on_alignment=_POINTERS)
 def ratio_tokens_kernel(
-    logps, advantages, old_logps, low_values, high_values, low, high, delta, ref_logps, beta, weights, kl_weights,
+    logps, advantages, old_logps, low, high, delta, ref_logps, beta, weights, kl_weights,
     correction, loss, dlogps, ratio, clipped_low, clipped_high, clipped_delta, kl, N,
     KL: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -157,9 +161,7 @@ def ratio_tokens_kernel(
     r = tl.exp(_log_ratio(logps, old_logps, tokens, mask))
     advantage = tl.load(advantages + tokens, mask=mask, other=0.0)
     weight = _times(_loaded_or_one(weights, tokens, mask), _loaded_or_one(correction, tokens, mask))
-    low_here = _bound(low_values, low, tokens, mask)
-    high_here = _bound(high_values, high, tokens, mask)
-    value, slope, is_low, is_high, is_delta = _surrogate(r, advantage, low_here, high_here, delta)
+    value, slope, is_low, is_high, is_delta = _surrogate(r, advantage, low, high, delta, tokens, mask)
     dkl = _write_token_loss(
         value, r, is_low, is_high, is_delta, weight, tokens, mask,
         logps, ref_logps, kl_weights, beta, loss, ratio, clipped_low, clipped_high, clipped_delta, kl, KL,
@@ -175,15 +177,15 @@ def _least(a, b):
 
 @triton.jit(do_not_specialize=_RUNTIME, do_not_specialize_on_alignment=[*_POINTERS, "cu_seqlens"])
 def ratio_sequences_kernel(
-    logps, advantages, old_logps, low_values, high_values, low, high, delta, ref_logps, beta, weights, kl_weights,
+    logps, advantages, old_logps, low, high, delta, ref_logps, beta, weights, kl_weights,
     correction, loss, dlogps, ratio, clipped_low, clipped_high, clipped_delta, kl, N,
     cu_seqlens,  # [B + 1] int32 or int64
     KL: tl.constexpr, PREFIX: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Sequence or prefix ratios: one program a sequence, blocks of its tokens in order.
 
-    Bytes a token as for `ratio_tokens_kernel` with PREFIX, plus one shifted read of logps and old_logps. Sequence ratios
-    read logps and old_logps twice more (their mean comes first) and dlogps once, since its factor comes last.
+    Bytes a token as for `ratio_tokens_kernel`, plus a second read of logps and old_logps: shifted by one for a prefix,
+    for the mean of a sequence. A sequence's dlogps are written, read and written, since their factor comes last.
     """
     sequence = tl.program_id(0)
     begin = tl.load(cu_seqlens + sequence).to(tl.int64)
@@ -206,11 +208,9 @@ def ratio_sequences_kernel(
         mask = tokens < end
         advantage = tl.load(advantages + tokens, mask=mask, other=0.0)
         weight = _times(_loaded_or_one(weights, tokens, mask), _loaded_or_one(correction, tokens, mask))
-        low_here = _bound(low_values, low, tokens, mask)
-        high_here = _bound(high_values, high, tokens, mask)
         if PREFIX:
-            # the log-ratio of the token before, so that an inclusive scan is the exclusive minimum; nothing is before the
-            # first token, whose own minimum is 0 = log 1
+            # the log-ratio of the token before, so that an inclusive scan is the exclusive minimum; nothing is before
+            # the first token, whose own minimum is 0 = log 1
             later = mask & (tokens > begin)
             before = tl.where(later, _log_ratio(logps, old_logps, tokens - 1, later), float("inf"))
             running = _least(least, tl.associative_scan(before, 0, _least))
@@ -218,7 +218,7 @@ def ratio_sequences_kernel(
             r = tl.exp(_log_ratio(logps, old_logps, tokens, mask) + tl.where(tokens == begin, 0.0, running))
         else:
             r = tl.zeros([BLOCK], tl.float32) + s
-        value, slope, is_low, is_high, is_delta = _surrogate(r, advantage, low_here, high_here, delta)
+        value, slope, is_low, is_high, is_delta = _surrogate(r, advantage, low, high, delta, tokens, mask)
         dkl = _write_token_loss(
             value, r, is_low, is_high, is_delta, weight, tokens, mask,
             logps, ref_logps, kl_weights, beta, loss, ratio, clipped_low, clipped_high, clipped_delta, kl, KL,
@@ -380,12 +380,13 @@ def _bound_arguments(
 ) -> dict[str, Any]:
     arguments: dict[str, Any] = {}
     for name, bound in (("low", low), ("high", high)):
-        tensor = isinstance(bound, Tensor)
-        arguments[f"{name}_values"] = check_vector(name, bound, N, _FLOAT32, device) if tensor else None
-        arguments[name] = None if tensor or bound is None else float(bound)
-    if arguments["low"] is not None and not arguments["low"] <= 1:
+        if isinstance(bound, Tensor):
+            arguments[name] = check_vector(name, bound, N, _FLOAT32, device)
+        else:
+            arguments[name] = None if bound is None else float(bound)
+    if isinstance(arguments["low"], float) and not arguments["low"] <= 1:
         raise ValueError(f"low: expected a ratio of at most 1 (1 - eps_low), got {low}")
-    if arguments["high"] is not None and not arguments["high"] >= 1:
+    if isinstance(arguments["high"], float) and not arguments["high"] >= 1:
         raise ValueError(f"high: expected a ratio of at least 1 (1 + eps_high), got {high}")
     return arguments
 

@@ -45,8 +45,8 @@ def _write_advantages(
         most = tl.maximum(most, tl.where(valid, reward, float("-inf")))
     count = tl.sum(counts, axis=0)
     mean = tl.sum(sums, axis=0) / tl.maximum(count, 1.0)
-    # Equal rewards by comparison, not by variance: their float mean may miss them by an ulp, which eps = 1e-6 would turn
-    # into an advantage of 0.06. Covers groups of one and of none.
+    # Equal rewards by comparison, not by variance: their float mean may miss them by an ulp, which eps = 1e-6 would
+    # turn into an advantage of 0.06. Covers groups of one and of none.
     varies = tl.min(least, axis=0) < tl.max(most, axis=0)
 
     deviation = 1.0
@@ -158,9 +158,7 @@ def advantages_launch(
         raise ValueError(f"eps: expected a number >= 0, got {eps}")
     B = rewards.numel()
     flags = check_vector("off_policy", off_policy, B, (torch.bool,), rewards.device)
-    starts = check_vector(
-        "cu_groups", cu_groups, max(cu_groups.numel(), 1), (torch.int32, torch.int64), rewards.device
-    )
+    starts = check_vector("cu_groups", cu_groups, max(cu_groups.numel(), 1), (torch.int32, torch.int64), rewards.device)
     assert starts is not None
     advantages = torch.empty_like(rewards, memory_format=torch.contiguous_format)
     config = launch_config("group_advantages", architecture, rewards.dtype)

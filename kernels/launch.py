@@ -1,7 +1,7 @@
 """How each kernel is launched: block size, warps and stages per architecture, in one table.
 
-A row that nobody has timed says "predicted" and why; a measured row says device, shape and date. Results do not depend on
-the row except for the order of a floating-point sum, and a given row gives the same bits on every run.
+A row that nobody has timed says "predicted"; a measured row says device, shape and date. Results do not depend on the
+row except for the order of a floating-point sum, and a given row gives the same bits on every run.
 """
 
 from __future__ import annotations
@@ -30,11 +30,13 @@ class Config:
     """ISO date of the measurement, or "predicted"."""
 
 
-# A row program streams its logits once: 16 elements a thread are four (two for half types) 16-byte loads in flight, and two
-# programs of 256 threads keep about 32 KiB in flight per SM, above the 18 KiB that 3.3 TB/s at 700 ns asks of 132 SMs.
-_ROW = (4096, 8, 1)
+# A row program streams its logits once. 8 elements a thread are two 16-byte loads in flight (one for half types), and
+# the three programs of 256 threads that fit on an SM even with bias, softcap and entropy keep 24 KiB in flight, above
+# the 18 KiB that 3.3 TB/s at 700 ns asks of each of 132 SMs. 16 elements a thread take up to 178 registers: one program
+# an SM, and spills on CDNA.
+_ROW = (2048, 8, 1)
 # CDNA wavefronts have 64 lanes: 4 of them are the same 256 threads.
-_ROW_AMD = (4096, 4, 1)
+_ROW_AMD = (2048, 4, 1)
 _ROW_SHAPE = "[2048, 151936]"
 _TOKENS_SHAPE = "[131072] in 128 sequences"
 _GROUPS_SHAPE = "[4096] in 256 groups"
@@ -52,8 +54,11 @@ TABLE: dict[tuple[str, str, str], Config] = {
     ("row_grads", "sm_120", "*"): Config(*_ROW, "RTX 5090", _ROW_SHAPE, "predicted"),
     ("row_grads", "gfx942", "*"): Config(*_ROW_AMD, "MI300X", _ROW_SHAPE, "predicted"),
     ("row_grads", "interpreter", "*"): Config(16384, 1, 1, "CPU", "[65, 49152]", "predicted"),
-    ("ratio_tokens", "*", "*"): Config(1024, 4, 1, "any", _TOKENS_SHAPE, "predicted"),
-    ("ratio_sequences", "*", "*"): Config(1024, 4, 1, "any", _TOKENS_SHAPE, "predicted"),
+    ("ratio_tokens", "*", "*"): Config(512, 4, 1, "any", _TOKENS_SHAPE, "predicted"),
+    ("ratio_sequences", "*", "*"): Config(512, 4, 1, "any", _TOKENS_SHAPE, "predicted"),
+    # A mask takes two scalar registers an element on CDNA: more than one element a thread spills them.
+    ("ratio_tokens", "gfx942", "*"): Config(256, 4, 1, "MI300X", _TOKENS_SHAPE, "predicted"),
+    ("ratio_sequences", "gfx942", "*"): Config(256, 4, 1, "MI300X", _TOKENS_SHAPE, "predicted"),
     # The interpreter scans element by element, so its blocks are small: they also cross block borders on short inputs.
     ("ratio_tokens", "interpreter", "*"): Config(64, 1, 1, "CPU", "[300] in 6 sequences", "predicted"),
     ("ratio_sequences", "interpreter", "*"): Config(64, 1, 1, "CPU", "[300] in 6 sequences", "predicted"),
@@ -77,7 +82,7 @@ def launch_config(kernel: str, architecture: str, dtype: torch.dtype) -> Config:
 
 
 def _fallbacks(architecture: str) -> list[str]:
-    """This architecture, then the tabled ones that stand for it (sm_89 runs sm_80's row, an unknown gfx runs gfx942's)."""
+    """This architecture, then the tabled ones that stand for it: sm_80 for sm_89, gfx942 for an unknown gfx."""
     if not architecture.startswith("sm_"):
         # Intel GPUs and anything else without rows of their own: 256 threads a program as on sm_80.
         return [architecture] if architecture == "interpreter" else [architecture, _family(architecture)]
@@ -115,7 +120,7 @@ def architecture_of(device: torch.device) -> str:
 
 @dataclass(frozen=True)
 class Launch:
-    """One kernel call, made but not yet issued; `repo_ops.kernels.aot` compiles the same object for a machine it lacks."""
+    """One kernel call, made but not yet issued; `repo_ops.kernels.aot` compiles the same object for other machines."""
 
     kernel: Any
     programs: int
@@ -124,7 +129,7 @@ class Launch:
 
     @property
     def options(self) -> dict[str, Any]:
-        """Compiler options. Fused multiply-add is asked for by name, since Triton's default changes between versions."""
+        """Compiler options. Fused multiply-add is asked for by name: Triton's default changes between versions."""
         return {"num_warps": self.config.num_warps, "num_stages": self.config.num_stages, "enable_fp_fusion": True}
 
     def run(self, device: torch.device) -> None:
@@ -148,8 +153,8 @@ def check_runnable(name: str, tensor: Tensor) -> None:
     """Raise ValueError where no Triton kernel can run on this tensor's device."""
     if tensor.device.type in ("cpu", "mps") and not (tensor.device.type == "cpu" and interpreting()):
         raise ValueError(
-            f"{name}: expected a tensor on a GPU that Triton supports, got device {tensor.device}; use the PyTorch backend,"
-            " or set TRITON_INTERPRET=1 before importing triton to run the kernels on CPU tensors"
+            f"{name}: expected a tensor on a GPU that Triton supports, got device {tensor.device}; use the PyTorch"
+            " backend, or set TRITON_INTERPRET=1 before importing triton to run the kernels on CPU tensors"
         )
 
 
@@ -168,7 +173,9 @@ def check_vector(
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a {names} tensor, got {type(value).__name__}")
     if value.dtype not in dtypes:
-        raise TypeError(f"{name}: expected {names}, got {str(value.dtype).removeprefix('torch.')}; convert it before the call")
+        raise TypeError(
+            f"{name}: expected {names}, got {str(value.dtype).removeprefix('torch.')}; convert it before the call"
+        )
     if value.shape != (length,):
         raise ValueError(f"{name}: expected shape [{length}], got {list(value.shape)}; flatten it to one row per token")
     if value.device != device:

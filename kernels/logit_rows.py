@@ -74,11 +74,12 @@ def _finish_logits(raw, bias, columns, mask, logit_scale, softcap, inv_temperatu
 def _fold(z, m, s, u, q, ENTROPY: tl.constexpr, SUM_P2: tl.constexpr):
     """One more logit for each lane's running max m, s = sum e^(z-m) - 1, u = sum e^(z-m) (z-m), q = sum e^(2(z-m)).
 
-    One exp a logit: whichever of z and m is larger becomes the max, and the same e^-|z-m| scales the other side. s leaves
-    out the 1 of the max itself, so that a peaked row keeps the digits of what lies beside its peak. It starts at -1.
+    One exp a logit: whichever of z and m is larger becomes the max, and the same e^-|z-m| scales the other side. s
+    leaves out the 1 of the max itself, so that a peaked row keeps the digits of what lies beside its peak; it starts
+    at -1.
     """
-    # -inf carries no mass; its distance is made finite because (-inf) - (-inf) and 0 * -inf are NaN. A NaN logit takes the
-    # first branch and poisons s, so it is not lost. e^-200 is 0 in float32.
+    # -inf carries no mass; its distance is made finite because (-inf) - (-inf) and 0 * -inf are NaN. A NaN logit is not
+    # lost: it poisons s. e^-200 is 0 in float32.
     d = tl.where(z == float("-inf"), -200.0, z - m)
     d = tl.where(d > 200.0, 200.0, d)
     e = tl.exp(-tl.abs(d))
@@ -94,7 +95,7 @@ def _fold(z, m, s, u, q, ENTROPY: tl.constexpr, SUM_P2: tl.constexpr):
 
 @triton.jit
 def _log1p(x):
-    """log(1 + x) of a scalar x >= 0 to float32 precision: 2 atanh(x / (2 + x)) below 0.5, where 1 + x drops digits of x."""
+    """log(1 + x) of a scalar x >= 0; below 0.5, where 1 + x drops digits of x, as 2 atanh(x / (2 + x))."""
     t = x / (2.0 + x)
     t2 = t * t
     series = 2.0 * t * (1.0 + t2 * (1.0 / 3.0 + t2 * (1.0 / 5.0 + t2 * (1.0 / 7.0 + t2 / 9.0))))
@@ -103,7 +104,7 @@ def _log1p(x):
 
 @triton.jit
 def _one_minus_exp(x):
-    """1 - e^x of a scalar x <= 0 to float32 precision; the Taylor series to x^8 above -0.35."""
+    """1 - e^x of a scalar x <= 0; above -0.35, where e^x drops digits of x, as its series to x^8."""
     series = 1.0 + x / 7.0 * (1.0 + x / 8.0)
     series = 1.0 + x / 5.0 * (1.0 + x / 6.0 * series)
     series = 1.0 + x / 3.0 * (1.0 + x / 4.0 * series)
@@ -162,8 +163,8 @@ def row_stats_kernel(
     u = tl.zeros([BLOCK] if with_entropy else [1], tl.float32)
     q = tl.zeros([BLOCK] if with_sum_p2 else [1], tl.float32)
 
-    # Blocks are laid from the 16-byte boundary at or below the row's start, `lead` elements before it, so that all of them
-    # but the first and last load 16 bytes a thread whatever V is. Columns below 0 belong to the row before: masked.
+    # Blocks are laid from the 16-byte boundary at or below the row's start, `lead` elements before it, so that all of
+    # them but the first and last load 16 bytes a thread whatever V is. Columns below 0 belong to the row before: masked.
     lanes = tl.arange(0, BLOCK)
     if ALIGNED:
         lead = 0
@@ -230,8 +231,8 @@ def _block_gradient(
     z = _finish_logits(raw, bias, columns, mask, logit_scale, softcap, inv_t)
     log_p = (z - peak) - log_total
     p = tl.exp(log_p)
-    # the target's 1 - p comes ready from its log-probability: float32(p) - 1 keeps few digits near p = 1 and a p rounded to
-    # bfloat16 none from 0.998 on
+    # the target's 1 - p comes ready from its log-probability: float32(p) - 1 keeps few digits near p = 1, and a p rounded
+    # to bfloat16 none from 0.998 on
     g = dlogp * tl.where(columns == target, miss, -p)
     if DENTROPY:
         # p log p -> 0 with p; the product 0 * -inf is not formed
@@ -286,11 +287,12 @@ def row_grads_kernel(
 ):
     """Bytes a row: V * itemsize read, V * itemsize of `out` written; a row without gradient is written only.
 
-    Narrowing in place. With a float32 tile and half-precision output, block k reads the row's bytes [4kB, 4(k+1)B) and writes
-    [2kB, 2(k+1)B), B = BLOCK. Written bytes lie at or before the block just read, never in a later one, and the only
-    overlap with bytes that another thread may not have read yet is inside the current block. The barrier between load and
-    store closes it: when a thread stores, all threads of the program have loaded this block and every one before it. A
-    thread that runs ahead into block k+1 reads above 4(k+1)B, where no store of block k can land. Programs own whole rows.
+    Narrowing in place. With a float32 tile and half-precision output, block k reads the row's bytes [4kB, 4(k+1)B) and
+    writes [2kB, 2(k+1)B), B = BLOCK. Written bytes lie at or before the block just read, never in a later one, and the
+    only overlap with bytes that another thread may not have read yet is inside the current block. The barrier between
+    load and store closes it: when a thread stores, all threads of the program have loaded this block and every one
+    before it. A thread that runs ahead into block k+1 reads above 4(k+1)B, where no store of block k can land. Programs
+    own whole rows. A row that starts `lead` elements off shifts both ranges alike.
     """
     row = tl.program_id(0).to(tl.int64)
     row_start = tile + row * row_stride
@@ -385,14 +387,15 @@ def row_stats(
         entropy = -(softmax(z) * log_softmax(z)).sum(1); sum_p2 = (softmax(z) ** 2).sum(1)
 
     Args:
-        tile: [C, V] float32, bfloat16 or float16; rows may lie further apart than V, elements of a row may not.
+        tile: [C, V] float32, bfloat16 or float16; rows may lie further apart than V, elements of a row may not. Fastest
+            where rows start at 16-byte boundaries: for an odd V, allocate [C, V rounded up to 8] and slice.
         targets: [C] int64 in [0, V). An id outside answers NaN in that row's logps (a check would stop the device).
         bias: [V] of any of the tile's dtypes, added to the tile.
         inv_temperature: 1 / temperature, a float or [C] float32.
         logit_scale: factor before the softcap.
         softcap: bound of the capped logits.
     Returns:
-        RowStats of [C] float32 tensors; `entropy` and `sum_p2` only where asked for. A row that is -inf everywhere is NaN.
+        RowStats of [C] float32 tensors; `entropy` and `sum_p2` only where asked for. A row of nothing but -inf is NaN.
     Raises:
         TypeError, ValueError: a wrong dtype, shape, device or number, named.
     """
@@ -428,7 +431,7 @@ def row_grads_(
     """d loss / d tile, written over the tile.
 
     Equals the gradient of (dlogps * logps + dentropy * entropy).sum() with respect to the tile:
-        (dlogps * (onehot - p) - dentropy * p * (log p + H)) * inv_temperature * logit_scale * (1 - tanh^2 with a softcap)
+        (dlogps * (onehot - p) - dentropy * p * (log p + H)) * inv_temperature * logit_scale * (1 - tanh^2 if softcap)
 
     Args:
         tile: the tile that `row_stats` read; destroyed.
@@ -438,8 +441,8 @@ def row_grads_(
         dentropy: [C] float32 or None.
         out_dtype: the tile's dtype (default), or bfloat16 or float16 for a float32 tile.
     Returns:
-        [C, V] view of the tile's memory in `out_dtype`. Narrowed rows lie in the front half of their own bytes, so their
-        stride is twice the tile's. A logit of -inf gets 0, except the target's own: d logp / d z there is dlogps * (1 - 0).
+        [C, V] view of the tile's memory in `out_dtype`. Narrowed rows lie in the front half of their own bytes, so
+        their stride is twice the tile's. A logit of -inf gets 0, except a target's own, whose 1 - p is 1.
     Raises:
         TypeError, ValueError: a wrong dtype, shape, device or number, named.
     """
@@ -502,9 +505,13 @@ def grads_launch(
     rows, vocabulary = tile.shape
     common = _common_arguments(tile, targets, bias, inv_temperature, logit_scale, softcap)
     if rows > 1 and tile.stride(0) < vocabulary:
-        raise ValueError(f"tile: expected rows that do not overlap, got row stride {tile.stride(0)} below V = {vocabulary}")
+        raise ValueError(
+            f"tile: expected rows that do not overlap, got row stride {tile.stride(0)} below V = {vocabulary}"
+        )
     if dentropy is not None and stats.entropy is None:
-        raise ValueError("stats: expected entropy where dentropy is given, got None; call row_stats with with_entropy=True")
+        raise ValueError(
+            "stats: expected entropy where dentropy is given, got None; call row_stats with with_entropy=True"
+        )
     out = _output_view(tile, tile.dtype if out_dtype is None else out_dtype)
     vectors = {
         "logps": stats.logps,
@@ -543,13 +550,15 @@ def _common_arguments(
     if tile.dim() != 2 or tile.shape[1] < 1:
         raise ValueError(f"tile: expected shape [C, V] with V >= 1, got {list(tile.shape)}")
     if tile.dtype not in _FLOATS:
-        raise TypeError(f"tile: expected float32, bfloat16 or float16, got {tile.dtype}; float64 takes the PyTorch backend")
+        raise TypeError(
+            f"tile: expected float32, bfloat16 or float16, got {tile.dtype}; float64 takes the PyTorch backend"
+        )
     if tile.shape[1] > 1 and tile.stride(1) != 1:
         raise ValueError(f"tile: expected contiguous rows, got column stride {tile.stride(1)}; call .contiguous()")
     rows, vocabulary = tile.shape
     per_row = isinstance(inv_temperature, Tensor)
     bias = check_vector("bias", bias, vocabulary, _FLOATS, tile.device)
-    # where every row starts at a 16-byte boundary the first block needs no mask (and a bias loads 16 bytes a thread too)
+    # where every row starts at a 16-byte boundary, the first block needs no mask and narrowed stores are 16 bytes wide
     starts = [tile.data_ptr(), tile.stride(0) * tile.element_size(), 0 if bias is None else bias.data_ptr()]
     return {
         "tile": tile,

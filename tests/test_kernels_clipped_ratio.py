@@ -1,4 +1,4 @@
-"""kernels/clipped_ratio.py against float64 autograd, worked numbers and its own rules at ties, overflow and empty rows."""
+"""kernels/clipped_ratio.py against float64 autograd, worked numbers, and its rules at ties, overflow, empty rows."""
 
 import os
 

@@ -41,12 +41,16 @@ def reference(rewards, cu_groups, off_policy, mode, normalize, eps, unbiased):
 
 
 @pytest.mark.parametrize("mode", ["split", "mixed"])
-@pytest.mark.parametrize(("normalize", "unbiased", "eps"), [(True, True, 1e-4), (True, False, 1e-6), (False, True, 0.0)])
+@pytest.mark.parametrize(
+    ("normalize", "unbiased", "eps"), [(True, True, 1e-4), (True, False, 1e-6), (False, True, 0.0)]
+)
 def test_matches_float64(device, mode, normalize, unbiased, eps):
     # around the interpreter's block of 16, with empty groups and groups of one
     lengths = torch.tensor([0, 1, 2, 15, 16, 17, 0, 40, 8, 1])
     cu_groups = torch.tensor([0, *lengths.cumsum(0).tolist()])
-    rewards = torch.randint(0, 5, (int(lengths.sum()),)) / 3 + 100  # a mean far from 0: a one-pass variance would lose it
+    rewards = (
+        torch.randint(0, 5, (int(lengths.sum()),)) / 3 + 100
+    )  # a mean far from 0: a one-pass variance would lose it
     rewards[::7] = NAN
     off_policy = torch.rand(len(rewards)) < 0.4
     options = {"mode": mode, "normalize": normalize, "unbiased": unbiased, "eps": eps}
