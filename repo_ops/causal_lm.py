@@ -5,12 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-Number = float | None
 SOFTCAPS = ("final_logit_softcapping",)
 """Config keys of a final softcap: Gemma 2 and 3 and their kin."""
 SCALES: dict[str, Callable[[float, str], float]] = {
@@ -25,6 +24,15 @@ HARMLESS = re.compile(r"att|router|gate|expert|mlp|vision|image|audio|output_(at
 """Keys that look like one of the above and concern another part of the model."""
 
 
+class Lora(NamedTuple):
+    """scaling * B(A(dropout(hidden))), added to the logits."""
+
+    a: nn.Linear
+    b: nn.Linear
+    scaling: float
+    dropout: nn.Module
+
+
 @dataclass(frozen=True, eq=False)
 class CausalLMHead:
     """What `linear_logps` and `linear_policy_loss` need of a head beside the hidden states."""
@@ -34,16 +42,15 @@ class CausalLMHead:
     bias: Tensor | None
     logit_scale: float
     softcap: float | None
-    lora: tuple[nn.Module, nn.Module, float, nn.Module] | None = None
-    """(A, B, scaling, dropout) of an active LoRA adapter on the head."""
+    lora: Lora | None = None
+    """An active LoRA adapter on the head."""
 
     def arguments(self, hidden: Tensor) -> dict[str, Any]:
         """Keyword arguments for `linear_logps` and `linear_policy_loss` on `hidden` [..., D], weight included."""
         adapter = None
         if self.lora is not None:
-            a, b, scaling, dropout = self.lora
-            low = nn.functional.linear(dropout(hidden).to(a.weight.dtype), a.weight)
-            adapter = (scaling * low, b.weight)
+            low = self.lora.a(self.lora.dropout(hidden).to(self.lora.a.weight.dtype))
+            adapter = (self.lora.scaling * low, self.lora.b.weight)
         return {
             "weight": self.weight,
             "bias": self.bias,
@@ -53,7 +60,7 @@ class CausalLMHead:
         }
 
 
-def find_head(model: nn.Module) -> CausalLMHead:
+def find_head(model: Any) -> CausalLMHead:
     """The head of `model`: weight, bias, scale, softcap, and the LoRA adapter that PEFT put on it.
 
     Equals model(...).logits = softcap(logit_scale * (hidden @ weight.T + bias)) for the hidden states that the model
@@ -93,7 +100,7 @@ def _elementwise(config: dict[str, Any], model_type: str) -> tuple[float, float 
     return logit_scale, softcap
 
 
-def _split_lora(head: nn.Module) -> tuple[nn.Module, tuple[nn.Module, nn.Module, float, nn.Module] | None]:
+def _split_lora(head: Any) -> tuple[Any, Lora | None]:
     """(the wrapped head, its active adapter) of a PEFT LoRA layer; (head, None) of any other module."""
     base = getattr(head, "base_layer", None)
     if base is None:
@@ -110,11 +117,11 @@ def _split_lora(head: nn.Module) -> tuple[nn.Module, tuple[nn.Module, nn.Module,
     name = active[0]
     if head.lora_A[name].bias is not None or head.lora_B[name].bias is not None:
         raise ValueError("model: expected a LoRA adapter without bias on the head; set lora_bias=False")
-    return base, (head.lora_A[name], head.lora_B[name], float(head.scaling[name]), head.lora_dropout[name])
+    return base, Lora(head.lora_A[name], head.lora_B[name], float(head.scaling[name]), head.lora_dropout[name])
 
 
 @torch.no_grad()
-def check_head(model: nn.Module, hidden: Tensor, logits: Tensor, *, tolerance: float = 1e-4) -> None:
+def check_head(model: Any, hidden: Tensor, logits: Tensor, *, tolerance: float = 1e-4) -> None:
     """Refuse a head that does not reproduce `logits` [..., V] of the model from `hidden` [..., D].
 
     Raises:

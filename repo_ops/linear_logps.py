@@ -73,7 +73,7 @@ def linear_logps(
     where = layout(targets, mask, None)
     settings = HeadSettings(bias, temperature, softcap, logit_scale, adapter, tp_group)
     logps, entropy = head_logps(hidden, weight, targets, where, settings, with_entropy, support_ids, options)
-    return TokenStats(where.put(logps), where.put(entropy) if with_entropy else None)
+    return TokenStats(where.put(logps), None if entropy is None else where.put(entropy))
 
 
 def head_logps(

@@ -82,6 +82,7 @@ def step_loss(objective: Objective, tokens: Tokens, weights: TokenWeights) -> Te
     loss = _weighted_sum(weights.policy, policy_losses(objective, tokens))
     if objective.beta:
         # a replayed token has no KL, so its reference must not be able to overflow (0 * inf in the backward)
+        assert tokens.ref_logps is not None
         ref_logps = torch.where(weights.kl != 0, tokens.ref_logps, tokens.logps.detach())
         loss = loss + objective.beta * _weighted_sum(weights.kl, KL[objective.kl](replace(tokens, ref_logps=ref_logps)))
     if objective.entropy_coef:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -57,15 +58,15 @@ class ProductGradients:
 class Gradients:
     """Gradients of a head: of its products and its bias, those that are needed."""
 
-    def __init__(self, head: HeadInputs, needs: list[bool]) -> None:
+    def __init__(self, head: HeadInputs, needs: Sequence[bool]) -> None:
         """`needs`: for hidden, weight, bias, adapter hidden, adapter weight, as in `HeadInputs.tensors`."""
         self.head = head
         self.wanted = any(needs)
-        hidden, weight, bias, *adapter = needs
-        pairs = zip(head.products, [(hidden, weight), tuple(adapter)], strict=False)
+        pairs = zip(head.products, [needs[:2], needs[3:]], strict=False)
         self.products = [
-            ProductGradients(product, *need, head.rows is None, head.exact_dtype) for product, need in pairs
+            ProductGradients(product, need[0], need[1], head.rows is None, head.exact_dtype) for product, need in pairs
         ]
+        bias = needs[2]
         self.bias = torch.zeros_like(head.bias, dtype=head.exact_dtype) if bias and head.bias is not None else None
 
     def add(self, chunk: slice, live: Tensor | None, grads: RowGrads) -> None:

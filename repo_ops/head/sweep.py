@@ -63,7 +63,9 @@ def _tile_stats(head: HeadInputs, plan: Plan, tile: Tensor, chunk: slice, with_e
     part, rows = tile[: chunk.stop - chunk.start], triton_rows if plan.backend == "triton" else torch_rows
     _logits_(part, head, chunk)
     stats = rows.stats_(part, head.targets[chunk], head.scaling(chunk), with_entropy)
-    return stats if head.tp_group is None else shards.combine(stats, head.owned[chunk], head.tp_group)
+    if head.tp_group is None or head.owned is None:
+        return stats
+    return shards.combine(stats, head.owned[chunk], head.tp_group)
 
 
 def _logits_(tile: Tensor, head: HeadInputs, chunk: slice) -> None:
