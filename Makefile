@@ -71,7 +71,7 @@ types: $(DEV_STAMP)
 	@ln -s $(CURDIR)/repo_ops/* $(CURDIR)/kernels $(CURDIR)/trainer build/types/repo_ops/
 	cd build/types && $(abspath $(BIN))/mypy --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/.mypy_cache --package repo_ops
 
-# Half an hour on two cores with nothing else running; results and pictures are written to benchmarks/results.
+# Let nothing else run meanwhile. Results and pictures are written to benchmarks/results.
 RESULTS := benchmarks/results
 bench: $(DEV_STAMP)
 	@$(PIP) --no-deps cut-cross-entropy

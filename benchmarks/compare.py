@@ -21,18 +21,15 @@ from repo_ops.benchmarks.methods import METHODS, Forward, Step
 from repo_ops.benchmarks.peak import in_own_process, peak_bytes
 from repo_ops.benchmarks.shapes import MODELS, Shape, shape_named
 
-__all__ = ["compare", "main"]
+__all__ = ["compare", "main", "memory_of", "table"]
 
 MIB = 1 << 20
-_SCRIPT = Path(__file__).with_name("bench_linear_policy_loss.py")
+_SCRIPT = Path(__file__).with_name("memory_of.py")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the comparison; 1 where a method's loss or gradients were not those of the others, else 0."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    if given[:1] == ["--child"]:
-        print(json.dumps(_child(json.loads(given[1]))))
-        return 0
     settings = _parse(given)
     if settings.threads:
         torch.set_num_threads(settings.threads)
@@ -178,8 +175,8 @@ def _peak(forward: Forward, inputs: Inputs) -> dict[str, Any]:
     return {"peak_bytes": bytes_, "gradient_bytes": inputs.gradient_bytes, "by": how}
 
 
-def _child(request: dict[str, Any]) -> dict[str, Any]:
-    """What a process of its own does: a step to warm up, then one step under the meter."""
+def memory_of(request: dict[str, Any]) -> dict[str, Any]:
+    """Peak memory of one method in one case, for a process of its own: a step to warm up, one step under the meter."""
     case, method = Case.from_dict(request["case"]), METHODS[request["method"]]
     # torch.compile would compile the real size anew, so such a method warms up on it
     first = case.shape if method.compiles else Shape("warm-up", 2 * case.length, 64, 512)

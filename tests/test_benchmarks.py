@@ -175,7 +175,7 @@ def test_one_command_prints_a_table_and_keeps_json(tmp_path: Path, capsys: pytes
 def test_memory_is_measured_in_a_process_of_its_own() -> None:
     # 64 x 64 x 8192: the head's gradient alone is 2 MiB, full logits are 2 MiB more and their softmax another
     case = Case(Shape("custom", 64, 64, 8192), length=32)
-    script = ROOT / "benchmarks" / "bench_linear_policy_loss.py"
+    script = ROOT / "benchmarks" / "memory_of.py"
     request = json.dumps({"method": "naive", "case": case.to_dict()})
     done = subprocess.run([sys.executable, script, "--child", request], capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
