@@ -36,7 +36,14 @@ def demo(arguments: Sequence[str]) -> None:
         _refuse("demo", str(error))
 
 
-COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {"train": train, "demo": demo}
+def plan(arguments: Sequence[str]) -> None:
+    """Predict the time and memory of a fused head on a GPU, beside the alternatives."""
+    from repo_ops.cost import main
+
+    main(arguments)
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {"train": train, "demo": demo, "plan": plan}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
