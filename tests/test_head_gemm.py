@@ -1,0 +1,96 @@
+"""The three matrix products against float64, for every pair of dtypes, into memory that held NaN before."""
+
+import itertools
+
+import pytest
+import torch
+from truth import relative_error
+
+from repo_ops.head import gemm
+
+F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
+PAIRS = list(itertools.product([F32, BF16, F16, F64], repeat=2))
+ROWS, DIM, V = 5, 24, 301
+# What the operands of the gradient products lose: 16-bit pairs may round dlogits to 16 bits, as GPUs do.
+LOSSES = {BF16: 4e-3, F16: 1e-6, F32: 1e-6, F64: 1e-12}
+
+
+@pytest.fixture(autouse=True)
+def _small_slices(monkeypatch):
+    # 100 rows of a slice, so that three slices and an uneven last one are used
+    monkeypatch.setattr(gemm, "SLICE_BYTES", 100 * DIM * 4)
+
+
+def operands(hidden_dtype, weight_dtype):
+    return torch.randn(ROWS, DIM).to(hidden_dtype), torch.randn(V, DIM).to(weight_dtype)
+
+
+def exact(*dtypes):
+    found = F32
+    for dtype in dtypes:
+        found = torch.promote_types(found, dtype)
+    return found
+
+
+@pytest.mark.parametrize(("hidden_dtype", "weight_dtype"), PAIRS, ids=str)
+def test_logits(hidden_dtype, weight_dtype):
+    hidden, weight = operands(hidden_dtype, weight_dtype)
+    tile = torch.full((ROWS, V), float("nan"), dtype=exact(hidden_dtype, weight_dtype))
+    gemm.logits_(tile, hidden, weight)
+    # 16-bit operands are multiplied exactly: nothing but the float32 sum rounds
+    assert relative_error(tile, hidden.double() @ weight.double().t()) <= (1e-12 if tile.dtype == F64 else 1e-6)
+
+
+@pytest.mark.parametrize(("hidden_dtype", "weight_dtype"), PAIRS, ids=str)
+def test_hidden_gradient(hidden_dtype, weight_dtype):
+    hidden, weight = operands(hidden_dtype, weight_dtype)
+    dlogits = torch.randn(ROWS, V, dtype=exact(hidden_dtype, weight_dtype))
+    found = gemm.hidden_grad(dlogits, hidden, weight)
+    assert found.dtype == dlogits.dtype
+    bound = LOSSES[hidden_dtype] if hidden_dtype == weight_dtype else LOSSES[found.dtype]
+    assert relative_error(found, dlogits.double() @ weight.double()) <= bound
+
+
+@pytest.mark.parametrize(("hidden_dtype", "weight_dtype"), PAIRS, ids=str)
+def test_weight_gradient_writes_first_and_then_adds(hidden_dtype, weight_dtype):
+    hidden, weight = operands(hidden_dtype, weight_dtype)
+    dtype = exact(hidden_dtype, weight_dtype)
+    total, truth = torch.full((V, DIM), float("nan"), dtype=dtype), torch.zeros(V, DIM, dtype=F64)
+    for first in (True, False):
+        dlogits = torch.randn(ROWS, V, dtype=dtype)
+        gemm.add_weight_grad_(total, dlogits, hidden, weight, first=first)
+        truth += dlogits.double().t() @ hidden.double()
+    bound = LOSSES[hidden_dtype] if hidden_dtype == weight_dtype else LOSSES[dtype]
+    assert relative_error(total, truth) <= bound
+
+
+@pytest.mark.parametrize("tile_dtype", [BF16, F16])
+def test_sums_of_sixteen_bit_tiles_stay_in_float32(tile_dtype):
+    # 200 equal contributions: a 16-bit running sum would stop growing at 256 times one of them and lose 3 % before
+    hidden, weight = torch.ones(1, DIM, dtype=tile_dtype), torch.ones(V, DIM, dtype=tile_dtype)
+    total = torch.full((V, DIM), float("nan"))
+    for i in range(200):
+        gemm.add_weight_grad_(total, torch.full((1, V), 1.01, dtype=tile_dtype), hidden, weight, first=i == 0)
+    one = torch.tensor(1.01, dtype=tile_dtype).item()
+    torch.testing.assert_close(total, torch.full((V, DIM), 200 * one), rtol=1e-5, atol=0)
+
+
+def test_a_weight_stored_transposed():
+    hidden, weight = torch.randn(ROWS, DIM), torch.randn(DIM, V).t()
+    tile = torch.full((ROWS, V), float("nan"))
+    gemm.logits_(tile, hidden, weight)
+    assert relative_error(tile, hidden.double() @ weight.double().t()) <= 1e-6
+
+
+def test_the_precision_of_other_products_is_left_alone():
+    # the switch is process-wide: it must be back after the call, also after one that fails
+    matmul = getattr(torch.backends.mkldnn, "matmul", None)
+    if not hasattr(matmul, "fp32_precision"):
+        pytest.skip("this torch has no such switch")
+    before = matmul.fp32_precision
+    hidden, weight = operands(BF16, BF16)
+    gemm.logits_(torch.empty(ROWS, V), hidden, weight)
+    assert matmul.fp32_precision == before
+    with pytest.raises(RuntimeError):
+        gemm.logits_(torch.empty(ROWS, V), hidden[:, 1:], weight)
+    assert matmul.fp32_precision == before
