@@ -80,8 +80,8 @@ HEAD = [
     ({"temperature": -1}, ValueError, "temperature: expected a finite number > 0, got -1"),
     ({"temperature": NAN}, ValueError, "temperature: expected a finite number > 0, got nan"),
     ({"temperature": INF}, ValueError, "temperature: expected a finite number > 0, got inf"),
-    ({"temperature": None}, TypeError, "temperature: expected", NOT_YET),
-    ({"temperature": "0.7"}, TypeError, "temperature: expected", NOT_YET),
+    ({"temperature": None}, TypeError, "temperature: expected"),
+    ({"temperature": "0.7"}, TypeError, "temperature: expected"),
     ({"temperature": torch.tensor(0.0)}, ValueError, "temperature: expected finite numbers > 0"),
     ({"temperature": torch.tensor([1.0, -1.0])}, ValueError, "temperature: expected finite numbers > 0"),
     ({"temperature": torch.full((B, T), NAN)}, ValueError, "temperature: expected finite numbers > 0"),
@@ -92,19 +92,18 @@ HEAD = [
         {"temperature": torch.ones(B, T, requires_grad=True)},
         ValueError,
         "temperature: expected constants.*detach",
-        NOT_YET,
     ),
     ({"softcap": 0.0}, ValueError, "softcap: expected a finite number > 0 or None, got 0.0"),
     ({"softcap": -30.0}, ValueError, "softcap: expected a finite number > 0 or None, got -30.0"),
     ({"softcap": NAN}, ValueError, "softcap: expected a finite number > 0 or None, got nan"),
     ({"softcap": INF}, ValueError, "softcap: expected a finite number > 0 or None, got inf"),
-    ({"softcap": "30"}, TypeError, "softcap: expected", NOT_YET),
+    ({"softcap": "30"}, TypeError, "softcap: expected"),
     ({"logit_scale": 0.0}, ValueError, "logit_scale: expected a finite number other than 0, got 0.0"),
     ({"logit_scale": NAN}, ValueError, "logit_scale: expected a finite number other than 0, got nan"),
-    ({"logit_scale": "2"}, TypeError, "logit_scale: expected", NOT_YET),
-    ({"logit_scale": torch.ones(2)}, TypeError, "logit_scale: expected", NOT_YET),
-    ({"options": "triton"}, TypeError, "options: expected", NOT_YET),
-    ({"options": {"backend": "torch"}}, TypeError, "options: expected", NOT_YET),
+    ({"logit_scale": "2"}, TypeError, "logit_scale: expected"),
+    ({"logit_scale": torch.ones(2)}, TypeError, "logit_scale: expected"),
+    ({"options": "triton"}, TypeError, "options: expected"),
+    ({"options": {"backend": "torch"}}, TypeError, "options: expected"),
 ]
 
 # what both losses must refuse
@@ -141,7 +140,7 @@ LOSS = [
     ({"off_policy": [True, False]}, TypeError, "off_policy: expected a tensor.*got list"),
     ({"off_policy_coef": -1.0}, ValueError, "off_policy_coef: expected a finite number > 0, got -1.0"),
     ({"off_policy_coef": NAN}, ValueError, "off_policy_coef: expected a finite number > 0, got nan"),
-    ({"off_policy_coef": "1"}, TypeError, "off_policy_coef: expected", NOT_YET),
+    ({"off_policy_coef": "1"}, TypeError, "off_policy_coef: expected"),
     ({"cu_seqlens": torch.tensor([0, 3, 6])}, ValueError, "cu_seqlens: expected packed .*drop cu_seqlens"),
     ({"num_items": -1}, ValueError, "num_items: expected finite counts >= 0, got -1"),
     ({"num_items": NAN}, ValueError, "num_items: expected finite counts >= 0, got nan"),
@@ -169,7 +168,7 @@ LOSS = [
     (
         {"objective": objective("repo", beta=0.1), "num_items": 4, "ref_logps": torch.zeros(B, T)},
         ValueError,
-        "num_items: the KL is averaged by 'token-mean' .*NumItems",
+        "num_items: the KL is averaged by 'token-mean', .*NumItems",
     ),
 ]
 
@@ -226,15 +225,15 @@ OPTIONS = [
     ({"backend": "cuda"}, ValueError, "options.backend: expected 'auto', 'torch' or 'triton', got 'cuda'"),
     ({"memory_budget": 1000}, ValueError, "options.memory_budget: expected bytes, at least 1048576.*got 1000"),
     ({"memory_budget": -1}, ValueError, "options.memory_budget: expected bytes.*got -1"),
-    ({"memory_budget": "1GiB"}, TypeError, "options.memory_budget: expected", NOT_YET),
-    ({"memory_budget": 1e9}, TypeError, "options.memory_budget: expected", NOT_YET),
+    ({"memory_budget": "1GiB"}, TypeError, "options.memory_budget: expected"),
+    ({"memory_budget": 1e9}, TypeError, "options.memory_budget: expected"),
     ({"logits_dtype": "bf16"}, ValueError, "options.logits_dtype: expected a floating dtype or None, got bf16"),
     (
         {"logits_dtype": torch.int8},
         ValueError,
         "options.logits_dtype: expected a floating dtype or None, got torch.int8",
     ),
-    ({"all_logps": "yes"}, TypeError, "options.all_logps: expected", NOT_YET),
+    ({"all_logps": "yes"}, TypeError, "options.all_logps: expected"),
 ]
 
 

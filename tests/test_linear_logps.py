@@ -385,7 +385,7 @@ def test_fla_1231_target_column_of_confident_rows(p, dtype):
 
 @pytest.mark.parametrize("miss", [1e-3, 1e-5, 1e-7, 1e-9])
 def test_gradients_of_rows_that_are_almost_certain(miss):
-    # 1 - p as a difference of sums loses its digits from 1e-3 on and is 0 below 1e-7; the sum over the others keeps them
+    # 1 - p as a difference of sums loses digits from 1e-3 on and is 0 below 1e-7; the sum over the others keeps them
     hidden, weight, targets, bias = confident(1 - miss, F32)
     leaves = [leaf(hidden), leaf(weight)]
     found = linear_logps(*leaves, targets, bias=bias).logps
