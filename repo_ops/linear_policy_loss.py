@@ -151,11 +151,12 @@ class _LinearPolicyLoss(torch.autograd.Function):
 def _sweep(call: _Call, grads: Gradients) -> tuple[Tensor, RowStats]:
     """The loss and the statistics of live rows; gradients go to `grads`, in as few passes as the scope allows."""
     head, inputs, plan = call.head, call.inputs, call.plan
+    by_kernel = plan.backend == "triton"
     chunks = _chunks(call) if grads.wanted else None
     if chunks is None:
         stats = sweep.statistics(head, plan, with_entropy=call.with_entropy)
         tokens = inputs.tokens(stats.logps, stats.entropy, slice(None), inputs.lengths)
-        found = coefficients(inputs.objective, tokens, inputs.weights)
+        found = coefficients(inputs.objective, tokens, inputs.weights, by_kernel=by_kernel)
         if grads.wanted:
             sweep.gradients(head, plan, stats, found.dlogps, found.dentropy, grads)
         return found.loss, stats
@@ -163,7 +164,7 @@ def _sweep(call: _Call, grads: Gradients) -> tuple[Tensor, RowStats]:
 
     def rule(rows: slice, stats: RowStats) -> tuple[Tensor, Tensor | None]:
         tokens = inputs.tokens(stats.logps, stats.entropy, rows, chunks[rows.start, rows.stop])
-        found = coefficients(inputs.objective, tokens, inputs.weights.slice(rows))
+        found = coefficients(inputs.objective, tokens, inputs.weights.slice(rows), by_kernel=by_kernel)
         losses.append(found.loss)
         return found.dlogps, found.dentropy
 

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from repo_ops.kl import KL
 from repo_ops.metrics import Metrics, stat
-from repo_ops.objectives.base import Objective
-from repo_ops.reduce import NumItemsLike, resolve_num_items, sequence_weights
+from repo_ops.objectives.base import KernelTerms, Objective
+from repo_ops.reduce import NumItems, NumItemsLike, counts_tokens, resolve_num_items, sequence_weights
 from repo_ops.tokens import Tokens
 
 
@@ -36,6 +36,13 @@ class SequenceWeights:
         dtype: torch.dtype = torch.float32,
     ) -> SequenceWeights:
         """Weights of sequences with `lengths` [B] live tokens, `off_policy` [B] bool marking replayed ones."""
+        kl_reduction = objective.kl_reduction or objective.reduction
+        counted_apart = counts_tokens(kl_reduction) != counts_tokens(objective.reduction)
+        if objective.beta and counted_apart and not (num_items is None or isinstance(num_items, NumItems)):
+            raise ValueError(
+                f"num_items: the KL is averaged by {kl_reduction!r}, the loss by {objective.reduction!r}, which divide "
+                "by different counts; pass repo_ops.NumItems(sequences, tokens, ...)"
+            )
         counts = resolve_num_items(num_items, lengths, off_policy, objective.reduction)
 
         def weights(reduction: str, coef: float) -> Tensor:
@@ -52,12 +59,7 @@ class SequenceWeights:
 
         on_policy = weights(objective.reduction, 0.0) if off_policy is not None else None
         policy = weights(objective.reduction, off_policy_coef)
-        kl = weights(objective.kl_reduction or objective.reduction, 0.0) if objective.beta else policy
-        if objective.beta and kl.isnan().any():
-            raise ValueError(
-                f"num_items: the KL is averaged by {objective.kl_reduction!r} and the loss by {objective.reduction!r}, "
-                "which divide by different counts; pass repo_ops.NumItems(sequences, tokens, ...)"
-            )
+        kl = weights(kl_reduction, 0.0) if objective.beta else policy
         return cls(policy, policy if on_policy is None else on_policy, kl)
 
     def spread(self, owner: Tensor) -> TokenWeights:
@@ -97,13 +99,19 @@ def policy_losses(objective: Objective, tokens: Tokens) -> Tensor:
     A token without a finite sampler log-probability carries none where the objective reads them: that token only, and
     it stays in the denominators.
     """
-    losses = objective(tokens)
+    losses, factors = objective(tokens), _factors(objective, tokens)
+    return losses if factors is None else torch.where(factors != 0, factors * losses, 0.0)
+
+
+def _factors(objective: Objective, tokens: Tokens) -> Tensor | None:
+    """[N] product of the objective's modifiers, detached; None where there are none."""
     factors = [modifier(tokens) for modifier in objective.modifiers]
     if tokens.sampler_known is not None and "sampler_logps" in objective.reads:
-        factors.append(tokens.sampler_known.to(losses.dtype))
+        factors.append(tokens.sampler_known.to(tokens.logps.dtype))
+    product = None
     for factor in factors:
-        losses = torch.where(factor != 0, factor * losses, 0.0)
-    return losses
+        product = factor if product is None else product * factor
+    return product
 
 
 class Coefficients(NamedTuple):
@@ -117,8 +125,16 @@ class Coefficients(NamedTuple):
     """[N] d loss / d entropy, None where the loss does not read it."""
 
 
-def coefficients(objective: Objective, tokens: Tokens, weights: TokenWeights) -> Coefficients:
-    """The loss of `tokens` and its derivatives, by autograd over [N] numbers."""
+def coefficients(
+    objective: Objective, tokens: Tokens, weights: TokenWeights, *, by_kernel: bool = False
+) -> Coefficients:
+    """The loss of `tokens` and its derivatives, by autograd over [N] numbers.
+
+    With `by_kernel`, objectives of the clipped-ratio family take one launch of the Triton kernel instead.
+    """
+    terms = objective.kernel_terms
+    if by_kernel and terms is not None and tokens.entropy is None:
+        return _kernel_coefficients(objective, terms, tokens, weights)
     with torch.enable_grad():
         logps = tokens.logps.detach().requires_grad_()
         entropy = None if tokens.entropy is None else tokens.entropy.detach().requires_grad_()
@@ -132,6 +148,31 @@ def coefficients(objective: Objective, tokens: Tokens, weights: TokenWeights) ->
         torch.zeros_like(logps) if dlogps is None else dlogps,
         dentropy[0] if dentropy else None,
     )
+
+
+def _kernel_coefficients(
+    objective: Objective, terms: KernelTerms, tokens: Tokens, weights: TokenWeights
+) -> Coefficients:
+    from repo_ops.kernels.clipped_ratio import clipped_ratio
+
+    cu_seqlens = None if tokens.lengths is None else torch.nn.functional.pad(tokens.lengths.cumsum(0), (1, 0))
+    found = clipped_ratio(
+        tokens.logps.detach(),
+        tokens.advantages,
+        old_logps=tokens.old_logps,
+        low=terms.low,
+        high=terms.high,
+        level=terms.level,
+        cu_seqlens=cu_seqlens,
+        delta=terms.delta,
+        ref_logps=tokens.ref_logps if objective.beta else None,
+        kl=terms.kl,
+        beta=objective.beta,
+        weights=weights.policy,
+        kl_weights=weights.kl if objective.beta else None,
+        correction=_factors(objective, tokens),
+    )
+    return Coefficients(found.loss.sum(), found.dlogps, None)
 
 
 def loss_metrics(objective: Objective, tokens: Tokens) -> Metrics:

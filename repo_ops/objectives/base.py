@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import ClassVar, Literal, NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
@@ -43,6 +43,16 @@ class Modifier(Protocol):
 
     def __call__(self, tokens: Tokens) -> Tensor:
         """[N] factors, detached."""
+
+
+class KernelTerms(NamedTuple):
+    """An objective as the terms that the Triton kernel of clipped ratios knows."""
+
+    level: Literal["token", "sequence", "prefix"]
+    low: float
+    high: float
+    delta: float | None
+    kl: Literal["k1", "k2", "k3"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,6 +177,11 @@ class Objective:
     def skips_zero_advantage(self) -> bool:
         """Whether tokens with advantage 0 carry nothing under these settings."""
         return self.zero_at_zero_advantage and not self.beta and not self.entropy_coef
+
+    @property
+    def kernel_terms(self) -> KernelTerms | None:
+        """This loss, its KL included, as terms of repo_ops.kernels.clipped_ratio; None if it is not of that family."""
+        return None
 
     def __call__(self, tokens: Tokens) -> Tensor:
         """[N] per-token loss, unreduced, attached to tokens.logps."""

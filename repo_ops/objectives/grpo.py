@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
@@ -17,6 +17,12 @@ from repo_ops.scope import Scope, widest
 from repo_ops.terms import ratio_level
 from repo_ops.terms.clipped_ratio import clipped_ratio, gates
 from repo_ops.tokens import Tokens
+
+KERNEL_LEVELS: dict[str, Literal["token", "sequence", "prefix"]] = {
+    "token": "token",
+    "sequence_mean": "sequence",
+    "prefix_min": "prefix",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +60,14 @@ class Objective(base.Objective):
     def bounds(self) -> tuple[float, float, float | None]:
         """(low, high, delta) as ratio values."""
         return 1 - self.eps_low, 1 + self.eps_high, self.delta
+
+    @property
+    def kernel_terms(self) -> base.KernelTerms | None:
+        level, kl = KERNEL_LEVELS.get(self.ratio_level), self.kl if self.beta else "k3"
+        own_loss = type(self).__call__ is not Objective.__call__
+        if own_loss or level is None or kl not in ("k1", "k2", "k3") or self.log_ratio_clamp is not None:
+            return None
+        return base.KernelTerms(level, *self.bounds, kl=kl)
 
     def log_ratio(self, tokens: Tokens) -> Tensor:
         """[N] logarithm of the ratio that is clipped, attached."""
