@@ -342,7 +342,10 @@ def _compile_nth(item: tuple[str, int, bool]) -> Compiled:
     return compile_case(cases(architecture)[index], architecture, sass=sass)
 
 
-_HEAD = "case|arch|block x warps|regs|spills|shared|local|programs/SM|loads|stores|atomics|B/element".split("|")
+_HEAD = [
+    *("case", "arch", "block x warps", "regs", "spills", "shared", "local", "programs/SM", "loads", "stores"),
+    *("atomics", "B/element"),
+]
 
 
 def format_table(rows: Sequence[Compiled]) -> str:

@@ -45,6 +45,7 @@ def _log_ratio(logps, old_logps, tokens, mask):
 @triton.jit
 def _bound(bound, tokens, mask):
     """A bound given as one number or as a number a token."""
+    bound = tl.to_tensor(bound)  # the interpreter passes numbers as plain floats
     if bound.dtype.is_ptr():
         return tl.load(bound + tokens, mask=mask, other=1.0)
     else:

@@ -164,7 +164,7 @@ def row_stats_kernel(
     q = tl.zeros([BLOCK] if with_sum_p2 else [1], tl.float32)
 
     # Blocks are laid from the 16-byte boundary at or below the row's start, `lead` elements before it, so that all of
-    # them but the first and last load 16 bytes a thread whatever V is. Columns below 0 belong to the row before: masked.
+    # them but the first and last load 16 bytes a thread whatever V is. Columns below 0 are the row before: masked.
     lanes = tl.arange(0, BLOCK)
     if ALIGNED:
         lead = 0
@@ -231,8 +231,8 @@ def _block_gradient(
     z = _finish_logits(raw, bias, columns, mask, logit_scale, softcap, inv_t)
     log_p = (z - peak) - log_total
     p = tl.exp(log_p)
-    # the target's 1 - p comes ready from its log-probability: float32(p) - 1 keeps few digits near p = 1, and a p rounded
-    # to bfloat16 none from 0.998 on
+    # the target's 1 - p comes ready from its log-probability: float32(p) - 1 keeps few digits near p = 1, and a p
+    # rounded to bfloat16 none from 0.998 on
     g = dlogp * tl.where(columns == target, miss, -p)
     if DENTROPY:
         # p log p -> 0 with p; the product 0 * -inf is not formed

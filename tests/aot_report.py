@@ -17,7 +17,6 @@ from repo_ops.kernels.clipped_ratio import ratio_launch
 from repo_ops.kernels.group_advantages import advantages_launch
 from repo_ops.kernels.logit_rows import RowStats, grads_launch, row_stats, stats_launch
 
-
 LARGEST = "float32 .*everything|odd to bfloat16|bounds|sequence|prefix|split"
 
 
