@@ -86,7 +86,9 @@ def truth(inputs: Inputs) -> Truth:
     dweight = None
     if inputs.weight.requires_grad:
         everything = torch.arange(len(hidden), device=hidden.device)
-        dweight = sum(dlogits(part, entries).T @ hidden[part] for part in everything.split(chunk))
+        dweight = hidden.new_zeros(len(entries), hidden.shape[1])
+        for part in everything.split(chunk):
+            dweight += dlogits(part, entries).T @ hidden[part]
     return Truth(loss, logps.view(inputs.targets.shape), rows, dhidden, entries, dweight)
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from repo_ops.benchmarks.accuracy import Errors, errors, truth
-from repo_ops.benchmarks.inputs import Case, Inputs, make_inputs
+from repo_ops.benchmarks.inputs import Case, DeadKind, Inputs, make_inputs
 from repo_ops.benchmarks.machine import describe
 from repo_ops.benchmarks.measure import Times, interleave, spread
 from repo_ops.benchmarks.methods import METHODS, Forward, Step
@@ -188,7 +188,7 @@ def memory_of(request: dict[str, Any]) -> dict[str, Any]:
 
 
 def _cases(settings: argparse.Namespace) -> list[Case]:
-    kinds: list[tuple[float, str]] = []
+    kinds: list[tuple[float, DeadKind]] = []
     for dead in settings.dead:
         kinds += [(dead / 100, kind) for kind in settings.dead_kind] if dead else [(0.0, "masked")]
     return [

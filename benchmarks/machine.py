@@ -31,7 +31,7 @@ def device_name(device: str) -> str:
 
 def describe(device: str, command: list[str]) -> dict[str, Any]:
     """Date, device, threads, versions, load and command, for the head of a result file."""
-    versions = {}
+    versions: dict[str, str | None] = {}
     for package in _PACKAGES:
         try:
             versions[package] = version(package)

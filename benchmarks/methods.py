@@ -158,7 +158,8 @@ def trl(inputs: Inputs) -> Forward:
         found = ChunkedLogProbFunction.apply(
             hidden, inputs.weight, None, targets, 1.0, _CHUNKED_LOGPROB_CHUNK_SIZE, None, 1.0, wanted
         )[:2]
-        logps, entropy = (x if x is None else _placed(x, mask, compact) for x in found)
+        logps = _placed(found[0], mask, compact)
+        entropy = None if found[1] is None else _placed(found[1], mask, compact)
         return _step(grpo_loss(logps, inputs, entropy), logps)
 
     return forward
