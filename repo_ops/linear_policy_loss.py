@@ -108,6 +108,7 @@ def linear_policy_loss(
         attached = head_logps(hidden, weight, targets, inputs.where, settings, with_entropy, support_ids, options)
         loss = step_loss(chosen, inputs.tokens(*attached, slice(None), inputs.lengths), inputs.weights)
         logps, entropy = (None if x is None else x.detach() for x in attached)
+    loss = loss if inputs.constant is None else loss + inputs.constant
     metrics = loss_metrics(chosen, inputs.tokens(logps, entropy, slice(None), inputs.lengths))
     metrics["live"] = Stat(*(logps.new_tensor(float(n)) for n in (inputs.where.num_live, where.num_live)))
     placed = _placed(logps, inputs.where, where)

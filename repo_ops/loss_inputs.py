@@ -48,6 +48,8 @@ class LossInputs:
     sampler_logps: Tensor | None
     off_policy: Tensor | None
     extras: Mapping[str, Tensor] = field(default_factory=dict)
+    constant: Tensor | None = None
+    """0-d, the loss of sequences without tokens; None: 0."""
 
     def tokens(self, logps: Tensor, entropy: Tensor | None, rows: slice, lengths: Tensor | None) -> Tokens:
         """Some live tokens with their log-probabilities; `lengths` of the whole sequences among them, or None."""
@@ -138,6 +140,7 @@ def loss_inputs(
         **live,
         off_policy=None if off_policy is None else off_policy[owner],
         extras=named,
+        constant=_constant(objective, sequence_weights.policy, lengths, advantages, extras or {}),
     )
     return _without_zero_advantage(found) if drop_zero_advantage and objective.skips_zero_advantage else found
 
@@ -183,6 +186,16 @@ def _live_logps(name: str, values: Tensor, where: Layout) -> Tensor:
     if name != "sampler_logps":  # an engine that reports NaN loses that token, not the step
         arguments.check_values(name, ~live.isnan().any(), "numbers where mask is 1, got NaN", "mask those tokens")
     return live.to(torch.promote_types(live.dtype, torch.float32))
+
+
+def _constant(
+    objective: Objective, weights: Tensor, lengths: Tensor, advantages: Tensor, extras: Mapping[str, Tensor]
+) -> Tensor | None:
+    if advantages.shape != lengths.shape:  # given per token: there is none for a sequence without tokens
+        return None
+    per_sequence = {name: v.to(lengths.device) for name, v in extras.items() if v.shape == lengths.shape}
+    losses = objective.loss_without_tokens(advantages.to(lengths.device), per_sequence)
+    return None if losses is None else torch.where(lengths == 0, weights * losses, 0.0).sum()
 
 
 def _extra(name: str, values: Tensor, where: Layout, num_sequences: int, owner: Tensor) -> Tensor:

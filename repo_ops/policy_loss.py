@@ -67,5 +67,6 @@ def policy_loss(
         raise ValueError("entropy: expected a tensor, which this objective reads, got None")
     tokens = inputs.tokens(live, live_entropy, slice(None), inputs.lengths)
     loss = step_loss(chosen, tokens, inputs.weights)
+    loss = loss if inputs.constant is None else loss + inputs.constant
     detached = where.put(live.detach())
     return PolicyLoss(loss, detached, None if entropy is None else entropy.detach(), loss_metrics(chosen, tokens))

@@ -154,7 +154,7 @@ SWITCHES: dict[str, tuple[dict[str, Any], Any]] = {
     "kl_reduction": ({"beta": 0.1}, "token-sum"),
     "entropy_coef": ({}, 0.01),
     "row_norm": ({"reduction": "seq-mean-token-mean"}, "official_code"),
-    "sampler_weight": ({}, "sequence_truncate"),
+    "sampler_weight": ({}, "token_truncate"),
     "sampler_min": (SAMPLED, 0.9),
     "sampler_max": (SAMPLED, 1.1),
     "off_policy_mask": ({}, 0.0),

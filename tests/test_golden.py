@@ -1,6 +1,7 @@
 """Every golden case: losses through `policy_loss` and through the fused head."""
 
 import copy
+import math
 from pathlib import Path
 
 import pytest
@@ -48,4 +49,44 @@ def test_other_shapes_pass_too():
     expected["loss"] /= 2
     first, second = ([x / 2 for x in row] for row in expected["dlogp"])
     expected["dlogp"] = [[0.0] * 5, [*first, 0.0], [0.0] * 5, [*second, 0.0]]
+    assert run(case).failure is None
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c["kind"] == "loss"], ids=lambda case: case["id"])
+def test_wider_rows_with_nan_under_zero_masks(case):
+    # a masked column on either side: live tokens need not start at 0, and what lies under the mask is never read
+    case = copy.deepcopy(case)
+    for name in ("logp", "oldlogp", "reflogp", "samplogp"):
+        if name in case:
+            case[name] = [[math.nan, *row, math.nan] for row in case[name]]
+    entropy = case.get("inputs_extra", {}).get("entropy")
+    if entropy is not None:
+        case["inputs_extra"]["entropy"] = [[math.nan, *row, math.nan] for row in entropy]
+    case["A"] = [[math.nan, *a, math.nan] if isinstance(a, list) else a for a in case["A"]]
+    case["mask"] = [[0, *row, 0] for row in case["mask"]]
+    case["expected"]["dlogp"] = [[0.0, *row, 0.0] for row in case["expected"]["dlogp"]]
+    assert run(case).failure is None
+
+
+@pytest.mark.parametrize(
+    ("name", "empty"),
+    [
+        ("kimi_squared", 4.0),
+        ("spo_squared", (-0.3 - 2.0) ** 2),
+        ("gspo", 0.0),
+        ("rloo_sequence_clip", 0.0),
+        ("topr", 0.0),
+    ],
+)
+def test_an_empty_row_counts_and_a_squared_one_has_its_constant(name, empty):
+    case = copy.deepcopy(next(c for c in CASES if c["id"] in (f"{name}/small", name)))
+    for field in ("logp", "oldlogp", "reflogp", "samplogp"):
+        case[field] = [*case[field], [-1.0] * 4]
+    case["mask"], case["A"] = [*case["mask"], [0] * 4], [*case["A"], 2.0]
+    for extra, value in (("reward", 2.0), ("Q0", -0.3)):
+        if extra in case["inputs_extra"]:
+            case["inputs_extra"][extra] = [*case["inputs_extra"][extra], value]
+    expected = case["expected"]
+    expected["loss"] = (expected["loss"] * 2 + empty) / 3
+    expected["dlogp"] = [[x * 2 / 3 for x in row] for row in expected["dlogp"]] + [[0.0] * 4]
     assert run(case).failure is None

@@ -301,3 +301,25 @@ def test_spo_cross_entropy_refuses_rewards_above_zero():
     arguments = given.arguments(get_objective("spo", form="cross_entropy"))
     with pytest.raises(ValueError, match="advantages: expected rewards <= 0"):
         repo_ops.policy_loss(given.tokens.logps, **{**arguments, "advantages": given.tokens.advantages.abs() + 1})
+
+
+def test_vespo_takes_the_sampler_weight_into_the_ratio_of_the_sequence():
+    # a gap of log 2 on one of two tokens: W = 2, as if the policy itself had moved
+    tokens = _two(sampler_logps=f64([-1.0 - math.log(2), -2.0, -1.0, -1.0]))
+    objective = get_objective("vespo", sampler_weight="token_truncate")
+    assert objective.modifiers == ()
+    assert "sampler_logps" in objective.reads
+    assert objective._phi(tokens).tolist() == pytest.approx([4 * math.exp(-3)] * 2 + [1.0] * 2)
+    masked = get_objective("vespo", sampler_weight="token_mask", sampler_max=1.5)._phi(tokens)
+    assert masked.tolist() == pytest.approx([1e-16 * math.exp(3)] * 2 + [1.0] * 2, rel=1e-6)
+    with pytest.raises(ValueError, match="sampler_weight: expected token_truncate or token_mask"):
+        get_objective("vespo", sampler_weight="sequence_mask")
+
+
+def test_only_losses_that_the_kernel_knows_have_kernel_terms():
+    for name in ("grpo", "gspo", "repo", "luspo", "dapo"):
+        assert get_objective(name).kernel_terms is not None
+    for name in ("gspo_token", "rloo", "clip_cov", "cispo", "bapo", "minpro"):  # another ratio, or another loss
+        assert get_objective(name).kernel_terms is None
+    assert get_objective("grpo", log_ratio_clamp=20.0).kernel_terms is None
+    assert get_objective("grpo", kl="unbiased", beta=0.1).kernel_terms is None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal, NamedTuple, Protocol
 
@@ -186,6 +186,14 @@ class Objective:
     def __call__(self, tokens: Tokens) -> Tensor:
         """[N] per-token loss, unreduced, attached to tokens.logps."""
         raise NotImplementedError
+
+    def loss_without_tokens(self, advantages: Tensor, extras: Mapping[str, Tensor]) -> Tensor | None:
+        """[B] loss of sequences that have no token; None: 0. A constant, so it matters to the value alone.
+
+        Args:
+            advantages: [B]. extras: those that were given per sequence, [B].
+        """
+        return None
 
     def metrics(self, tokens: Tokens) -> Metrics:
         """Detached sums and counts over the given tokens; subclasses add their own."""

@@ -64,7 +64,8 @@ class Objective(base.Objective):
     @property
     def kernel_terms(self) -> base.KernelTerms | None:
         level, kl = KERNEL_LEVELS.get(self.ratio_level), self.kl if self.beta else "k3"
-        own_loss = type(self).__call__ is not Objective.__call__
+        cls = type(self)
+        own_loss = cls.__call__ is not Objective.__call__ or cls.log_ratio is not Objective.log_ratio
         if own_loss or level is None or kl not in ("k1", "k2", "k3") or self.log_ratio_clamp is not None:
             return None
         return base.KernelTerms(level, *self.bounds, kl=kl)

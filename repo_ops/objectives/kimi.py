@@ -7,6 +7,7 @@ Source: arXiv 2501.12599 (k1.5), arXiv 2507.20534 (K2).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -39,6 +40,9 @@ class Objective(base.Objective):
         if self.form == "squared":
             return (tokens.advantages - self.tau * drift).square()
         return self.tau / 2 * drift.square() - tokens.advantages * sequence_sum(tokens, tokens.logps)
+
+    def loss_without_tokens(self, advantages: Tensor, extras: Mapping[str, Tensor]) -> Tensor | None:
+        return advantages.square() if self.form == "squared" else None
 
 
 def reference(objective: Objective, logps: list[float], old_logps: list[float], advantage: float) -> list[float]:

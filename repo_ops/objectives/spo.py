@@ -2,7 +2,7 @@
 
 "squared": (Q - R)^2 per sequence, d / d logp_t = 2 slope (Q - R). "cross_entropy": R and Q are log-probabilities of
 success (<= 0), -[e^R q + (1 - e^R) log(1 - e^q)] with q = min(Q, q_max), no gradient where q_max is active. Mean over
-sequences. No ratio, no clip, any data source.
+sequences; one without tokens has Q = Q0. No ratio, no clip, any data source.
 
 `advantages` carries R. Extra "baseline" [B] is Q0, the prompt's soft value under the reference,
 slope * log(mean_n exp(R_n / slope)); without it Q0 is 0, and for "squared" R - Q0 may be given as advantages.
@@ -12,6 +12,7 @@ Source: arXiv 2503.05453. A*-PO (arXiv 2505.20686) is "squared" with slope 1e-3.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -47,7 +48,12 @@ class Objective(base.Objective):
             raise ValueError(f"q_max: expected a number < 0, the logarithm of a probability, got {self.q_max}")
 
     def __call__(self, tokens: Tokens) -> Tensor:
-        value, reward = self._q(tokens), tokens.advantages
+        return self._regression(self._q(tokens), tokens.advantages)
+
+    def loss_without_tokens(self, advantages: Tensor, extras: Mapping[str, Tensor]) -> Tensor | None:
+        return self._regression(extras.get("baseline", torch.zeros_like(advantages)), advantages)
+
+    def _regression(self, value: Tensor, reward: Tensor) -> Tensor:
         if self.form == "squared":
             return (value - reward).square()
         check_values("advantages", (reward <= 0).all(), "rewards <= 0, log-probabilities of success", "form='squared'")

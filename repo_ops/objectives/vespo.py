@@ -1,7 +1,8 @@
 """VESPO: -sg(phi(W)) A logp with the ratio of whole sequences W = exp(sum_t(logps - old_logps)).
 
 phi(W) = exp(lambda + k log W - lambda W): 1 at W = 1, falling to 0 on both sides; steeper towards small W where A < 0.
-Token log-ratios are limited to +-20 and log W to [log 1e-8, 20]. Source: arXiv 2602.10693; TRL, trl/experimental.
+Token log-ratios are limited to +-20 and log W to [log 1e-8, 20]. A token's sampler weight becomes a factor of W.
+Source: arXiv 2602.10693; TRL, grpo_trainer.py.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch import Tensor
 from repo_ops.metrics import Metrics, stat
 from repo_ops.objectives import base
 from repo_ops.terms.by_sign import by_sign
+from repo_ops.terms.sampler import SamplerWeight
 from repo_ops.terms.weighted_logps import weighted_logps
 from repo_ops.tokens import Tokens
 
@@ -37,7 +39,20 @@ class Objective(base.Objective):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.sampler_weight is not None and not self.sampler_weight.startswith("token_"):
+            raise ValueError(
+                "sampler_weight: expected token_truncate or token_mask, whose product over the sequence is a factor of "
+                f"W, got {self.sampler_weight!r}"
+            )
         base.check_positive(self, "k_pos", "lambda_pos", "k_neg", "lambda_neg", zero=True)
+
+    @property
+    def modifiers(self) -> tuple[base.Modifier, ...]:
+        return tuple(m for m in super().modifiers if not isinstance(m, SamplerWeight))
+
+    @property
+    def reads(self) -> frozenset[str]:
+        return super().reads | ({"sampler_logps"} if self.sampler_weight else set())
 
     def __call__(self, tokens: Tokens) -> Tensor:
         return weighted_logps(tokens.logps, tokens.advantages, self._phi(tokens))
@@ -47,6 +62,9 @@ class Objective(base.Objective):
 
     def _phi(self, tokens: Tokens) -> Tensor:
         log_ratio = tokens.log_ratio.detach().clamp(-LOG_LIMIT, LOG_LIMIT)
+        if self.sampler_weight is not None:
+            weight = SamplerWeight(self.sampler_weight, self.sampler_min, self.sampler_max)(tokens)
+            log_ratio = log_ratio + weight.log().clamp_min(LOG_FLOOR)
         log_w = tokens.spread(tokens.sequence_sum(log_ratio)).clamp(LOG_FLOOR, LOG_LIMIT)
         positive = tokens.advantages >= 0
         k = by_sign(positive, self.k_pos, self.k_neg, log_w)
