@@ -653,6 +653,19 @@ def test_backward_scales_by_the_incoming_gradient():
         torch.testing.assert_close(others[key].grad, 2 * leaves[key].grad, rtol=1e-6, atol=0)
 
 
+@pytest.mark.xfail(reason="gradients are rounded to float16 before they are scaled, and the scale itself overflows")
+@pytest.mark.parametrize("scale", [65536.0, 1024.0])
+def test_float16_under_a_gradient_scaler(scale):
+    # torch.amp.GradScaler starts at 65536, above float16's largest; a mean over 4096 tokens is below its smallest
+    case = make_case(1, 4096, 16, 31, dtype=F16, spread=0.3)
+    case.old_logps = None
+    found, leaves = run(case, "cispo")
+    (found.loss * scale).backward()
+    *_, grads = case.loss(objective="cispo")
+    for key, tensor in leaves.items():
+        assert relative_error(tensor.grad.double() / scale, grads[key]) <= 1e-3, key
+
+
 def test_gradients_accumulate_over_calls():
     case = make_case(2, 5, DIM, 127)
     found, leaves = run(case, "dapo")

@@ -187,6 +187,44 @@ def test_an_overflowing_ratio_with_zero_advantage_is_nothing():
     assert (logps.grad == 0).all()
 
 
+@pytest.mark.parametrize("junk", [float("nan"), float("inf"), -float("inf")])
+def test_p12_one_broken_sampler_log_probability_changes_that_token_only(junk):
+    given_ = tokens()
+    mask, sampler = given_["mask"], given_["old_logps"] - 0.1
+    objective = get_objective("dapo", sampler_weight="token_truncate", sampler_max=2.0)
+    grads = []
+    for broken in (False, True):
+        logps = given_["logps"].clone().requires_grad_()
+        reported = sampler.clone()
+        reported[0, 2] = junk if broken else reported[0, 2]
+        loss = policy_loss(
+            logps, given_["advantages"], objective=objective, mask=mask, old_logps=given_["old_logps"],
+            sampler_logps=reported,
+        ).loss  # fmt: skip
+        loss.backward()
+        assert loss.isfinite()
+        grads.append(logps.grad)
+    others = torch.ones_like(mask)
+    others[0, 2] = False
+    assert torch.equal(grads[0][others], grads[1][others])
+    assert grads[0][0, 2] != 0
+    assert grads[1][0, 2] == 0
+
+
+def test_a_mask_over_an_overflowing_ratio_has_a_zero_gradient():
+    # exactly the token that a sampler mask is there to drop: ratio e^199 with A < 0 is not clipped
+    logps = torch.full((1, 2), -1.0, requires_grad=True)
+    found = policy_loss(
+        logps,
+        -torch.ones(1),
+        objective=get_objective("grpo", sampler_weight="token_mask", sampler_max=2.0),
+        old_logps=torch.tensor([[-1.0, -200.0]]),
+        sampler_logps=torch.tensor([[-1.0, -300.0]]),
+    )
+    found.loss.backward()
+    torch.testing.assert_close(logps.grad, torch.tensor([[0.5, 0.0]]))
+
+
 def test_the_reference_of_replayed_rows_is_not_looked_at():
     # a buffer keeps no reference log-probabilities: whatever stands there must not reach the loss
     given_ = tokens(F32)
