@@ -37,7 +37,7 @@ def test_the_installed_script_runs_from_the_repository_root() -> None:
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["trian"], "repo-ops: expected a command of train, demo, got 'trian'"),
+        (["trian"], f"repo-ops: expected a command of {', '.join(COMMANDS)}, got 'trian'"),
         (["train", "--objective", "grop"], "repo-ops train: objective: expected one of "),
         (["train", "--objective_args.eps_hihg", "1"], "repo-ops train: eps_hihg: objective 'grpo' has "),
         (["train", "--replay", "varianc"], "repo-ops train: strategy: "),

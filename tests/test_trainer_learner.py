@@ -201,7 +201,7 @@ def test_a_loss_that_is_not_finite_is_counted_and_not_stepped_on() -> None:
     bad = ScoredSequence((1, 2), (3,), -1.0, True, (-1000.0,))
     metrics = learner.step([*batch(), bad], lr=1e-3)
     assert metrics["learner/nonfinite"] == metrics["learner/skipped"] == 1
-    assert not math.isfinite(metrics["loss"])
+    assert not math.isfinite(metrics["grad_norm"])
     assert all(torch.equal(value, before[key]) for key, value in learner.backbone.model.state_dict().items())
     assert learner.step(batch(), lr=1e-3)["learner/skipped"] == 0  # and the next step is clean again
 
@@ -221,3 +221,31 @@ def test_autocast_computes_layers_in_bfloat16_and_keeps_float32_weights_and_grad
     for name, gradient in rough[1].items():
         assert gradient.dtype == torch.float32
         assert (gradient - exact[1][name]).norm() < 0.1 * exact[1][name].norm(), name
+
+
+def test_objectives_that_the_loop_cannot_serve_are_refused_and_the_others_are_served() -> None:
+    with pytest.raises(ValueError, match=r"objective: .* which also reads topk_behaviour_logps, topk_logps"):
+        Learner(small_model(), repo_ops.get_objective("dppo_topk"))
+    spo = Learner(small_model(), repo_ops.get_objective("spo"))  # reads reference log-probs without a KL term
+    assert spo.reference is not None
+
+
+def test_statistics_over_the_batch_need_the_whole_step_in_one_micro_batch() -> None:
+    objective = repo_ops.get_objective("grpo", top_entropy_quantile=0.5)
+    fresh = [s for s in batch() if not s.off_policy]
+    with pytest.raises(ValueError, match="max_tokens: expected room for the whole step in one micro-batch, got 4"):
+        Learner(small_model(), objective, max_tokens=4).step(fresh, lr=1e-3)
+    metrics = Learner(small_model(), objective).step(fresh, lr=1e-3)
+    assert metrics["learner/sequences"] == 5  # dead ones take part in the quantile
+
+
+def test_a_sampler_that_drifts_from_the_learner_shows() -> None:
+    model = small_model()
+    learner = Learner(model, repo_ops.get_objective("grpo"))
+    sequences = []
+    for s in [s for s in batch() if s.token_ids and not s.off_policy]:
+        exact = separate_logps(model, s, 1.0).tolist()
+        sequences.append(replace(s, logps=tuple(logp - 0.25 for logp in exact)))
+    metrics = learner.step(sequences, lr=0.0)
+    assert metrics["sampler_gap_abs"] == pytest.approx(0.25, abs=1e-5)
+    assert metrics["sampler_ratio"] == pytest.approx(math.exp(0.25), abs=1e-5)

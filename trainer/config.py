@@ -55,7 +55,7 @@ class TrainConfig:
     replay_min_size: int = 8
     """Samples that a prompt must have in the buffer before it draws (>= 1)."""
     off_policy_coef: float = 1.0
-    """Weight c of the replayed part of the loss (>= 0; usual 1)."""
+    """Weight c of the replayed part of the loss (> 0; usual 1)."""
 
     steps: int = 30
     """Optimizer steps, each on freshly generated completions."""
@@ -118,7 +118,7 @@ class TrainConfig:
                 value = getattr(self, name)
                 if value is not None and not (math.isfinite(value) and value >= least):
                     raise ValueError(f"{name}: expected at least {least}, got {value}")
-        for name in ("temperature", "max_grad_norm"):
+        for name in ("temperature", "max_grad_norm", "off_policy_coef"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}: expected more than 0, got {getattr(self, name)}")
         if not 0 < self.top_p <= 1:
@@ -151,7 +151,7 @@ class TrainConfig:
 
 
 _AT_LEAST = {
-    ("off_policy_coef", "beta", "lr", "weight_decay"): 0,
+    ("beta", "lr", "weight_decay"): 0,
     ("heldout_size", "eval_steps", "top_k", "warmup"): 0,
     ("replay_num", "replay_capacity", "replay_min_size", "steps", "prompts_per_step", "train_size"): 1,
     ("heldout_samples", "log_steps", "max_new_tokens", "micro_batch_tokens", "threads"): 1,

@@ -39,7 +39,7 @@ class ScoredSequence:
     off_policy: bool = False
     """Replayed: sampled from an earlier policy."""
     logps: tuple[float, ...] = ()
-    """Log-probability of each completion token when it was sampled; read for replayed sequences only."""
+    """Log-probability of each completion token when it was sampled; replayed sequences must have them."""
     group: int = 0
     """Which prompt of the step it belongs to; for metrics."""
 
@@ -73,9 +73,14 @@ class Learner:
         weight_decay: float = 0.0,
         max_grad_norm: float = 1.0,
     ) -> None:
+        if missing := sorted(objective.reads - {"ref_logps", "sampler_logps", "entropy"}):
+            raise ValueError(
+                f"objective: expected one that reads log-probabilities and entropy, got {objective}, which also reads "
+                f"{', '.join(missing)}; call repo_ops.linear_policy_loss from a loop of your own"
+            )
         self.backbone = Backbone(model, autocast=autocast)
         self.reference: Backbone | None = None
-        if objective.beta > 0:
+        if "ref_logps" in objective.reads:
             self.reference = Backbone(copy.deepcopy(model).requires_grad_(False), autocast=autocast)
         self.objective = objective
         self.off_policy_coef = off_policy_coef
@@ -95,6 +100,11 @@ class Learner:
         self.optimizer.zero_grad(set_to_none=True)
         live = [sequence for sequence in sequences if self.is_live(sequence)]
         batches = self.pack(live)
+        if len(batches) > 1 and self.objective.reach == "batch":
+            raise ValueError(
+                f"max_tokens: expected room for the whole step in one micro-batch, got {self.max_tokens}; the "
+                "objective has statistics over the batch, which micro-batches would change"
+            )
         loss, metrics = self.backward(live, batches, count_items(sequences))
         grad_norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm)
         finite = bool(torch.isfinite(loss) & torch.isfinite(grad_norm))
@@ -117,12 +127,13 @@ class Learner:
         }
 
     def is_live(self, sequence: ScoredSequence) -> bool:
-        """Whether any token of the sequence can carry a gradient."""
+        """Whether any token of the sequence can carry a gradient, or take part in a statistic over the batch."""
         if not sequence.token_ids:
             return False
         if not sequence.off_policy and (self.objective.beta > 0 or self.objective.entropy_coef > 0):
             return True
-        return sequence.advantage != 0 or not self.objective.zero_at_zero_advantage
+        dead = sequence.advantage == 0 and self.objective.zero_at_zero_advantage
+        return not dead or self.objective.reach == "batch"
 
     def pack(self, sequences: Sequence[ScoredSequence]) -> list[MicroBatch]:
         """The micro-batches of shared-prefix rows that hold `sequences`."""
@@ -138,18 +149,20 @@ class Learner:
         metrics: list[Metrics] = []
         for batch in batches:
             part, found = self._micro_batch(batch.to(device), [sequences[i] for i in batch.sequences], num_items)
-            part.backward()
-            loss += part.detach()
+            loss += part
             metrics += found
         return loss, merge(metrics)
 
     def _micro_batch(
         self, batch: MicroBatch, sequences: list[ScoredSequence], num_items: NumItems
     ) -> tuple[Tensor, list[Metrics]]:
-        hidden = self.backbone.hidden(batch)
+        states = self.backbone.hidden(batch)
+        # the head's gradient of one part is handed over before the other part makes its own: one [V, D] buffer, not two
+        hidden = states.detach().requires_grad_(states.requires_grad)
         ref_logps = self._ref_logps(batch)
-        losses, metrics = [], []
-        # two calls: for the on-policy part "no old_logps" states that the ratio is 1, the replayed part brings its own
+        loss = torch.zeros((), device=hidden.device)
+        metrics = []
+        # two parts: for fresh rows "no old_logps" states that the ratio is 1, replayed rows bring their own
         for replayed in (False, True):
             members = [i for i, sequence in enumerate(sequences) if sequence.off_policy is replayed]
             if not members:
@@ -162,14 +175,18 @@ class Learner:
                 advantages=torch.tensor([sequence.advantage for sequence in chosen], device=hidden.device),
                 objective=self.objective,
                 ref_logps=None if ref_logps is None else ref_logps[tokens],
+                sampler_logps=self._sampler_logps(chosen, replayed),
                 cu_seqlens=cu_seqlens,
                 temperature=self.temperature,
                 **self.backbone.head,
                 **(self._replayed(chosen, num_items) if replayed else {"num_items": self._on_policy(num_items)}),
             )
-            losses.append(result.loss)
+            result.loss.backward()
+            loss += result.loss.detach()
             metrics.append(result.metrics)
-        return torch.stack(losses).sum(), metrics
+        if states.requires_grad:
+            states.backward(hidden.grad)
+        return loss, metrics
 
     def _on_policy(self, num_items: NumItems) -> NumItems:
         """What the on-policy part divides by when it is computed by itself."""
@@ -191,6 +208,14 @@ class Learner:
             "off_policy_coef": self.off_policy_coef,
             "num_items": num_items,
         }
+
+    def _sampler_logps(self, sequences: list[ScoredSequence], replayed: bool) -> Tensor | None:
+        """What the engine reported, [N]; for fresh rows always, so that a drift of the engine shows in the metrics."""
+        unknown = any(len(sequence.logps) != len(sequence.token_ids) for sequence in sequences)
+        if unknown or (replayed and "sampler_logps" not in self.objective.reads):
+            return None
+        logps = [logp for sequence in sequences for logp in sequence.logps]
+        return torch.tensor(logps, device=self.parameters[0].device)
 
     @torch.no_grad()
     def _ref_logps(self, batch: MicroBatch) -> Tensor | None:
@@ -219,4 +244,5 @@ def _select(cu_seqlens: Tensor, members: list[int]) -> tuple[Tensor, Tensor]:
 
 def _shown(metrics: Metrics) -> dict[str, float]:
     """The step's metrics as numbers, without those that are constant because fresh rows have ratio 1."""
-    return {name: value for name, value in summarize(metrics).items() if "/" in name or name in ("kl", "entropy")}
+    constant = ("ratio", "ess", "approx_kl", "clip_low", "clip_high")
+    return {name: value for name, value in summarize(metrics).items() if not name.startswith(constant)}

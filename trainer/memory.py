@@ -1,10 +1,12 @@
-"""Peak memory of a stretch of the run: of the GPU where the model is on one, else of the process."""
+"""Peak memory of a step: of the GPU where the model is on one, else of the process."""
 
 from __future__ import annotations
 
+import ctypes
 import re
 import resource
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -13,14 +15,19 @@ _MB = 1 << 20
 
 
 def reset_peak_memory(device: torch.device) -> None:
-    """Starts a new stretch. On a CPU only Linux can; elsewhere the peak stays that of the whole process."""
+    """Starts measuring anew. On a CPU only Linux can; elsewhere the peak stays that of the whole process.
+
+    On Linux it also hands freed memory back to the system: row lengths differ from step to step, and glibc keeps the
+    gaps (SmolLM2-135M grew from 2.7 to 4.1 GiB in 25 steps). It costs 0.05 s.
+    """
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     elif sys.platform == "linux":
-        try:
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # musl has none
+        if trim is not None:
+            trim(0)
+        with suppress(OSError):  # some containers forbid it
             Path("/proc/self/clear_refs").write_text("5")
-        except OSError:  # some containers forbid it
-            return
 
 
 def peak_memory_mb(device: torch.device) -> float:

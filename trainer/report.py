@@ -126,7 +126,7 @@ def _style(ax: Axes, title: str, ylabel: str, *, unit_range: bool = False) -> No
     if unit_range:
         ax.set_ylim(-0.03, 1.03)
     if ax.get_legend_handles_labels()[0]:
-        ax.legend(frameon=False, fontsize=9)
+        ax.legend(fontsize=9, framealpha=0.8, edgecolor="none")
 
 
 def _series(lines: Lines, key: str) -> tuple[list[int], list[float]]:
