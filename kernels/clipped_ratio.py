@@ -235,6 +235,9 @@ def ratio_sequences_kernel(
     if not PREFIX:
         # every token moves s by s / T, and s moves every token's loss: one number for the whole sequence
         shared = _times(tl.sum(slopes, axis=0), s) / length
+        if ref_logps is not None:
+            # what a thread reads back below, another one may have written
+            tl.debug_barrier()
         for start in range(begin, end, BLOCK):
             tokens = start + lanes
             mask = tokens < end

@@ -436,8 +436,8 @@ def row_grads_(
     Args:
         tile: the tile that `row_stats` read; destroyed.
         targets, bias, inv_temperature, logit_scale, softcap: as given to `row_stats`.
-        stats: what `row_stats` returned; with `entropy` where `dentropy` is given. Of vocabulary shards: the merged ones,
-            logps too (1 - p of the target comes from it); a target that matches no column, -1 say, adds no onehot.
+        stats: what `row_stats` returned; with `entropy` where `dentropy` is given. Of vocabulary shards: the merged
+            ones, logps too (1 - p of the target comes from it); a target of no column, -1 say, adds no onehot.
         dlogps: [C] float32. A row with dlogps == 0 and dentropy == 0 is not read and becomes exact zeros.
         dentropy: [C] float32 or None.
         out_dtype: the tile's dtype (default), or bfloat16 or float16 for a float32 tile.
