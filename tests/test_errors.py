@@ -142,6 +142,12 @@ LOSS = [
     ({"off_policy_coef": NAN}, ValueError, "off_policy_coef: expected a finite number > 0, got nan"),
     ({"off_policy_coef": "1"}, TypeError, "off_policy_coef: expected"),
     ({"cu_seqlens": torch.tensor([0, 3, 6])}, ValueError, "cu_seqlens: expected packed .*drop cu_seqlens"),
+    (
+        {"num_items": 5, "objective": "dapo"},
+        ValueError,
+        "num_items: expected at least the 6 tokens of this call",
+        NOT_YET,
+    ),
     ({"num_items": -1}, ValueError, "num_items: expected finite counts >= 0, got -1"),
     ({"num_items": NAN}, ValueError, "num_items: expected finite counts >= 0, got nan"),
     ({"num_items": INF}, ValueError, "num_items: expected finite counts >= 0, got inf"),

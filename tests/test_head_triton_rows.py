@@ -98,6 +98,59 @@ def test_many_tiles():
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("hyper", "advantage"),
+    [
+        ({}, 1.0),  # clipped
+        ({"sampler_weight": "token_mask", "sampler_max": 2.0}, -1.0),  # masked
+        pytest.param({}, -1.0, marks=pytest.mark.xfail(reason="the kernel's ratio is not bounded")),
+    ],
+    ids=["clipped", "masked", "kept"],
+)
+def test_overflowing_ratios(hyper, advantage):
+    case = make_case(2, 3, 8, 127)
+    case.old_logps[0, 1] = -200.0
+    sampler = case.old_logps.index_fill(1, torch.tensor([1]), -300.0)
+    results = []
+    for options in (TRITON, TORCH):
+        hidden = leaf(case.hidden)
+        found = linear_policy_loss(
+            hidden,
+            case.weight,
+            case.targets,
+            torch.full((2,), advantage),
+            objective=get_objective("grpo", **hyper),
+            old_logps=case.old_logps,
+            sampler_logps=sampler if hyper else None,
+            options=options,
+        )
+        found.loss.backward()
+        assert found.loss.isfinite()
+        results.append((found.loss.detach(), hidden.grad))
+    for a, b in zip(*results):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_the_reference_of_replayed_rows_is_not_looked_at():
+    case = make_case(2, 4, 8, 127, replayed=1, spread=80.0)
+    case.ref_logps[1] = 0.0  # some 300 nats above
+    hidden = leaf(case.hidden)
+    found = linear_policy_loss(
+        hidden,
+        case.weight,
+        case.targets,
+        case.advantages,
+        objective=get_objective("repo", beta=0.1),
+        old_logps=case.old_logps,
+        ref_logps=case.ref_logps,
+        off_policy=case.off_policy,
+        options=TRITON,
+    )
+    found.loss.backward()
+    assert (found.logps[1] < -89).any()
+    assert hidden.grad.isfinite().all()
+
+
 def test_nearly_certain_rows_keep_their_gradient():
     # p = 1 - 1e-7: as in the PyTorch arithmetic, 1 - p must not be a difference of sums
     V = 301
