@@ -190,11 +190,16 @@ def test_kl_by_hand(name, value, gradient):
 def test_trust_regions_on_a_line_of_ratios():
     ratio = f64([0.3, 0.7, 1.0, 1.5, 4.0])
     up, down = torch.ones(5), -torch.ones(5)
-    assert trust_region.one_side(ratio, up, 0.8, 1.2).tolist() == [True, True, True, False, False]
-    assert trust_region.one_side(ratio, down, 0.8, 1.2).tolist() == [False, False, True, True, True]
-    assert trust_region.two_side(ratio, 0.8, 1.2).tolist() == [False, False, True, False, False]
-    assert trust_region.ring(ratio, up, 0.8, 1.2, 0.4, 3.0).tolist() == [True, False, True, False, False]
-    assert trust_region.ring(ratio, down, 0.8, 1.2, 0.4, 3.0).tolist() == [False, False, True, False, True]
+    bounds = trust_region.Bounds(0.8, 1.2, 0.4, 3.0)
+    for rule, advantages, want in (
+        (trust_region.everywhere, up, [1, 1, 1, 1, 1]),
+        (trust_region.one_side, up, [1, 1, 1, 0, 0]),
+        (trust_region.one_side, down, [0, 0, 1, 1, 1]),
+        (trust_region.two_side, up, [0, 0, 1, 0, 0]),
+        (trust_region.ring, up, [1, 0, 1, 0, 0]),
+        (trust_region.ring, down, [0, 0, 1, 0, 1]),
+    ):
+        assert rule(ratio, advantages, bounds).int().tolist() == want
 
 
 @pytest.mark.parametrize("level", sorted(ratio_level.LEVELS))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import importlib
 import pkgutil
 from collections.abc import Callable
@@ -24,8 +25,12 @@ _NOT_OBJECTIVES = {"base", "recipes"}
 
 def objective_names() -> list[str]:
     """Names that `get_objective` knows, sorted."""
-    files = {module.name for module in pkgutil.iter_modules(__path__)} - _NOT_OBJECTIVES
-    return sorted(files | set(RECIPES))
+    return sorted(_files(tuple(__path__)) | set(RECIPES))
+
+
+@functools.cache  # a loss is called by name many times a second, and a folder is slow to list
+def _files(folders: tuple[str, ...]) -> frozenset[str]:
+    return frozenset(module.name for module in pkgutil.iter_modules(folders)) - _NOT_OBJECTIVES
 
 
 def get_objective(name: str, **hyper: Any) -> Objective:

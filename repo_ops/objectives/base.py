@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal, NamedTuple, Protocol
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -15,34 +15,12 @@ from repo_ops.metrics import Metrics, extreme, stat
 from repo_ops.reduce import REDUCTIONS, ROW_NORMS
 from repo_ops.scope import SCOPES, Scope, widest
 from repo_ops.terms.entropy import HighEntropy
+from repo_ops.terms.modifier import Modifier
 from repo_ops.terms.off_policy_mask import OffPolicyMask
 from repo_ops.terms.sampler import MODES, SamplerWeight
 from repo_ops.tokens import Tokens
 
 __all__ = ["SCOPES", "Modifier", "Objective", "Scope", "check_choice", "check_positive", "check_width"]
-
-
-class Modifier(Protocol):
-    """A detached factor of each token's policy loss, whatever the objective; KL and entropy terms do not get it."""
-
-    @property
-    def name(self) -> str:
-        """Of the metric that holds its mean."""
-
-    @property
-    def scope(self) -> Scope:
-        """What must be seen for it."""
-
-    @property
-    def reads(self) -> tuple[str, ...]:
-        """Arguments that it needs."""
-
-    @property
-    def per_token(self) -> bool:
-        """Whether tokens of one sequence may get different factors."""
-
-    def __call__(self, tokens: Tokens) -> Tensor:
-        """[N] factors, detached."""
 
 
 class KernelTerms(NamedTuple):

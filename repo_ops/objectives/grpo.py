@@ -23,6 +23,7 @@ KERNEL_LEVELS: dict[str, Literal["token", "sequence", "prefix"]] = {
     "sequence_mean": "sequence",
     "prefix_min": "prefix",
 }
+KERNEL_KL: dict[str, Literal["k1", "k2", "k3"]] = {"k1": "k1", "k2": "k2", "k3": "k3"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,10 +64,10 @@ class Objective(base.Objective):
 
     @property
     def kernel_terms(self) -> base.KernelTerms | None:
-        level, kl = KERNEL_LEVELS.get(self.ratio_level), self.kl if self.beta else "k3"
+        level, kl = KERNEL_LEVELS.get(self.ratio_level), KERNEL_KL.get(self.kl if self.beta else "k3")
         cls = type(self)
         own_loss = cls.__call__ is not Objective.__call__ or cls.log_ratio is not Objective.log_ratio
-        if own_loss or level is None or kl not in ("k1", "k2", "k3") or self.log_ratio_clamp is not None:
+        if own_loss or level is None or kl is None or self.log_ratio_clamp is not None:
             return None
         return base.KernelTerms(level, *self.bounds, kl=kl)
 

@@ -16,13 +16,13 @@ from torch import Tensor
 
 from repo_ops.objectives import base
 from repo_ops.scope import Scope, widest
-from repo_ops.terms import ratio_level, trust_region
 from repo_ops.terms.bounded_exp import bounded_exp
+from repo_ops.terms.ratio_level import LEVELS
+from repo_ops.terms.reinforce_weight import WEIGHTS
+from repo_ops.terms.trust_region import REGIONS, Bounds
 from repo_ops.terms.weighted_logps import weighted_logps
 from repo_ops.tokens import Tokens
 
-CLIPS = ("none", "one_side", "two_side", "ring", "sequence_one_side")
-WEIGHTS = ("none", "ratio", "truncated_ratio", "sequence_ratio", "advantage")
 REGULARIZERS = ("none", "forward_kl", "k2")
 WIDTHS = {"eps_low": 0.2, "eps_high": 0.2, "eps_ring_low": 0.6, "eps_ring_high": 2.0}
 
@@ -54,13 +54,14 @@ class Objective(base.Objective):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        base.check_choice(self, "clip", CLIPS)
+        base.check_choice(self, "clip", REGIONS)
         base.check_choice(self, "weight", WEIGHTS)
         base.check_choice(self, "regularizer", REGULARIZERS)
         base.check_positive(self, "regularizer_coef")
-        ring = self.clip == "ring" or self.weight == "truncated_ratio"
-        read = {"eps_ring_low": ring, "eps_ring_high": ring, "advantage_temperature": self.weight == "advantage"}
-        read |= {"eps_low": self.clip != "none", "eps_high": self.clip != "none"}
+        region, weight = REGIONS[self.clip], WEIGHTS[self.weight]
+        read = {"eps_low": region.reads_bounds, "eps_high": region.reads_bounds}
+        read |= dict.fromkeys(("eps_ring_low", "eps_ring_high"), region.reads_outer or weight.reads_outer)
+        read["advantage_temperature"] = weight.reads_temperature
         for name, is_read in read.items():
             if getattr(self, name) is not None and not is_read:
                 raise ValueError(f"{name}: clip {self.clip!r} with weight {self.weight!r} does not read it; drop it")
@@ -71,20 +72,23 @@ class Objective(base.Objective):
 
     @property
     def reach(self) -> Scope:
-        whole = self.clip == "sequence_one_side" or self.weight == "sequence_ratio"
-        return widest(super().reach, "sequence" if whole else "token")
+        levels = (REGIONS[self.clip].level, WEIGHTS[self.weight].level)
+        return widest(super().reach, *(LEVELS[level].scope for level in levels))
 
     @property
     def skips_zero_advantage(self) -> bool:
         return super().skips_zero_advantage and self.regularizer == "none"
 
-    def _bounds(self) -> tuple[float, float, float, float]:
+    @property
+    def bounds(self) -> Bounds:
+        """As ratio values."""
         low, high, far_low, far_high = (WIDTHS[n] if getattr(self, n) is None else getattr(self, n) for n in WIDTHS)
-        return 1 - low, 1 + high, 1 - far_low, 1 + far_high
+        return Bounds(1 - low, 1 + high, 1 - far_low, 1 + far_high)
 
     def __call__(self, tokens: Tokens) -> Tensor:
-        weight = torch.where(self._kept(tokens), self._weight(tokens), 0.0)
-        loss = weighted_logps(tokens.logps, tokens.advantages, weight)
+        rule, temperature = WEIGHTS[self.weight], self.advantage_temperature or 1.0
+        weight = rule.factor(_ratio(tokens, rule.level), tokens.advantages, self.bounds, temperature)
+        loss = weighted_logps(tokens.logps, tokens.advantages, torch.where(self._kept(tokens), weight, 0.0))
         if self.regularizer == "forward_kl":
             return loss - self.regularizer_coef * tokens.logps
         if self.regularizer == "k2":
@@ -96,31 +100,12 @@ class Objective(base.Objective):
         return {"clip_low": dropped & (tokens.advantages < 0), "clip_high": dropped & (tokens.advantages > 0)}
 
     def _kept(self, tokens: Tokens) -> Tensor:
-        ratio, advantages = tokens.log_ratio.detach().exp(), tokens.advantages
-        low, high, far_low, far_high = self._bounds()
-        rules = {
-            "none": lambda: torch.ones_like(ratio, dtype=torch.bool),
-            "one_side": lambda: trust_region.one_side(ratio, advantages, low, high),
-            "two_side": lambda: trust_region.two_side(ratio, low, high),
-            "ring": lambda: trust_region.ring(ratio, advantages, low, high, far_low, far_high),
-            "sequence_one_side": lambda: trust_region.one_side(_sequence_ratio(tokens), advantages, low, high),
-        }
-        return rules[self.clip]()
-
-    def _weight(self, tokens: Tokens) -> Tensor:
-        ratio, (_, _, far_low, far_high) = bounded_exp(tokens.log_ratio.detach()), self._bounds()
-        rules = {
-            "none": lambda: torch.ones_like(ratio),
-            "ratio": lambda: ratio,
-            "truncated_ratio": lambda: ratio.clamp(far_low, far_high),
-            "sequence_ratio": lambda: _sequence_ratio(tokens),
-            "advantage": lambda: (tokens.advantages / (self.advantage_temperature or 1.0)).exp().to(ratio.dtype),
-        }
-        return rules[self.weight]()
+        region = REGIONS[self.clip]
+        return region.keeps(_ratio(tokens, region.level), tokens.advantages, self.bounds)
 
 
-def _sequence_ratio(tokens: Tokens) -> Tensor:
-    return bounded_exp(ratio_level.sequence_mean(tokens, tokens.log_ratio.detach()))
+def _ratio(tokens: Tokens, level: str) -> Tensor:
+    return bounded_exp(LEVELS[level].combine(tokens, tokens.log_ratio.detach()))
 
 
 def reference(objective: Objective, logps: list[float], old_logps: list[float], advantage: float) -> list[float]:
