@@ -8,6 +8,7 @@ import torch
 from golden_names import NotCoveredError
 
 import repo_ops
+from repo_ops.logit_offsets import logit_offsets
 from repo_ops.terms import divergence
 
 Case = dict[str, Any]
@@ -52,7 +53,9 @@ def _topk(case: Case) -> dict[str, torch.Tensor]:
     ids = divergence.support_ids(behaviour.topk(hyper["K"], -1).indices, targets)
     logps, old_logps = (every.gather(-1, targets[..., None])[..., 0] for every in (current, behaviour))
     logps.requires_grad_()
-    extras = {"topk_logps": current.gather(-1, ids), "topk_behaviour_logps": behaviour.gather(-1, ids)}
+    extras = {"topk_behaviour_logps": behaviour.gather(-1, ids)}
+    # with the identity as head, hidden states are logits
+    extras["topk_offsets"] = logit_offsets(current, torch.eye(current.shape[-1], dtype=torch.float64), targets, ids)
     objective = repo_ops.get_objective(
         "dppo_topk", divergence=kind, delta_low=hyper["delta"], delta_high=hyper["delta"]
     )
@@ -61,7 +64,7 @@ def _topk(case: Case) -> dict[str, torch.Tensor]:
     (dlogps,) = torch.autograd.grad(result.loss, logps)
     found = {
         "topk_ids": ids,
-        "divergence": divergence.SUPPORT[kind](extras["topk_logps"], extras["topk_behaviour_logps"]),
+        "divergence": divergence.SUPPORT[kind](current.gather(-1, ids), behaviour.gather(-1, ids)),
         "full_divergence": divergence.SUPPORT[kind](current, behaviour),
         # a support of the sampled token alone: without the 1e-8 that the official binary form adds to the rest
         "binary_divergence": divergence.SUPPORT[kind](logps[..., None], old_logps[..., None]),

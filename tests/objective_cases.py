@@ -88,7 +88,7 @@ def batch(seed: int = 0, *, lengths: Sequence[int] = LENGTHS, spread: float = 0.
         sampler_known=torch.ones(n, dtype=torch.bool),
         entropy=normal(n).abs(),
         extras={
-            "topk_logps": support,
+            "topk_offsets": support - logps[:, None],
             "topk_behaviour_logps": torch.log_softmax(support + 0.5 * normal(n, 3), -1) - 0.1,
             "baseline": -normal(len(sizes)).abs()[owner],
         },

@@ -294,7 +294,7 @@ def test_missing_inputs_are_refused_by_name():
         ("dppo", {"behaviour": "sampler_logps"}, "sampler_logps"),
         ("spo", {}, "ref_logps"),
         ("high_entropy", {}, "entropy"),
-        ("dppo_topk", {}, "extras: expected 'topk_behaviour_logps', 'topk_logps'"),
+        ("dppo_topk", {}, "extras: expected 'topk_behaviour_logps', 'topk_offsets'"),
     ):
         with pytest.raises(ValueError, match=argument):
             repo_ops.policy_loss(

@@ -1,8 +1,9 @@
 """DPPO with the divergence over the behaviour's K most likely tokens and one bin for the rest.
 
-Reads extras "topk_logps" and "topk_behaviour_logps", [..., K] log-probabilities of the current and the behaviour policy
-at the same ids: the behaviour's top K with the sampled token in the last place where it is absent
-(repo_ops.terms.divergence.support_ids). Source: arXiv 2602.04879; sail-sg/Stable-RL, core_algos.py; K = 20 in
+Reads extras at K ids per token, the behaviour's top K with the sampled token in the last place where it is absent
+(repo_ops.terms.divergence.support_ids): "topk_behaviour_logps" [..., K] are the behaviour's log-probabilities, and
+"topk_offsets" [..., K] the current policy's relative to the sampled token (repo_ops.logit_offsets), so that the one
+sweep over the vocabulary is enough. Source: arXiv 2602.04879; sail-sg/Stable-RL, core_algos.py; K = 20 in
 arXiv 2606.10968.
 """
 
@@ -21,11 +22,11 @@ from repo_ops.tokens import Tokens
 
 @dataclass(frozen=True, kw_only=True)
 class Objective(dppo.Objective):
-    requires: ClassVar[tuple[str, ...]] = ("topk_logps", "topk_behaviour_logps")
+    requires: ClassVar[tuple[str, ...]] = ("topk_offsets", "topk_behaviour_logps")
 
     def _divergence(self, tokens: Tokens) -> Tensor:
-        current, behaviour = tokens.extras["topk_logps"], tokens.extras["topk_behaviour_logps"]
-        return divergence.SUPPORT[self.divergence](current, behaviour)
+        current = tokens.extras["topk_offsets"] + tokens.logps.detach()[:, None]
+        return divergence.SUPPORT[self.divergence](current, tokens.extras["topk_behaviour_logps"])
 
 
 def reference(
@@ -35,14 +36,14 @@ def reference(
     advantage: float,
     *,
     sampler_logps: list[float],
-    topk_logps: list[list[float]],
+    topk_offsets: list[list[float]],
     topk_behaviour_logps: list[list[float]],
 ) -> list[float]:
-    """Per-token losses of one sequence, by the formula: a bound on D that no token reaches, or every token does."""
+    """Per-token losses of one sequence, by the formula."""
     given = {"old_logps": old_logps, "sampler_logps": sampler_logps}
     losses = []
     for t, logp in enumerate(logps):
-        p, q = ([math.exp(x) for x in at[t]] for at in (topk_logps, topk_behaviour_logps))
+        p, q = [math.exp(logp + x) for x in topk_offsets[t]], [math.exp(x) for x in topk_behaviour_logps[t]]
         p, q = ([*x, max(1 - sum(x), 1e-12)] for x in (p, q))
         far = sum(abs(x - y) for x, y in zip(p, q)) / 2
         if objective.divergence == "kl":
@@ -63,7 +64,7 @@ def reference(
 HALF, LESS, TENTH = math.log(0.5), math.log(0.4), math.log(0.1)
 VECTORS = [
     # the sampled token is among the two and moved by 0.1, the other one by nothing: TV 0.1
-    ((HALF, LESS, 2.0, {"topk_logps": [HALF, TENTH], "topk_behaviour_logps": [LESS, TENTH]}), (-2.5, -2.5)),
+    ((HALF, LESS, 2.0, {"topk_offsets": [0.0, TENTH - HALF], "topk_behaviour_logps": [LESS, TENTH]}), (-2.5, -2.5)),
     # it moved as little, but another token lost 0.4: TV 0.4, which (token, rest) would not have seen
-    ((HALF, LESS, 2.0, {"topk_logps": [HALF, TENTH], "topk_behaviour_logps": [LESS, HALF]}), (0.0, 0.0)),
+    ((HALF, LESS, 2.0, {"topk_offsets": [0.0, TENTH - HALF], "topk_behaviour_logps": [LESS, HALF]}), (0.0, 0.0)),
 ]
