@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from repo_ops import NumItems, Options, get_objective, linear_logps, linear_policy_loss, policy_loss
+from repo_ops.head import triton_rows
 
 NAN, INF = float("nan"), float("inf")
 B, T, D, V = 2, 3, 4, 9
@@ -339,20 +340,19 @@ def test_a_budget_that_does_not_hold_one_row_names_what_would():
         logps(weight=torch.randn(300000, D), options=Options(memory_budget=1 << 20))
 
 
-def test_triton_says_why_it_cannot_run(monkeypatch):
-    monkeypatch.setenv("TRITON_INTERPRET", "0")
-    with pytest.raises(ValueError, match=r"options.backend: 'triton' cannot run here.*TRITON_INTERPRET=1"):
-        logps(options=Options(backend="triton"))
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    with pytest.raises(ValueError, match=r"options.backend: 'triton' cannot run here.*float64"):
-        logps(hidden=torch.randn(B, T, D).double(), options=Options(backend="triton"))
-
-
-@NOT_YET
-def test_triton_with_float64_logits(monkeypatch):
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    with pytest.raises(ValueError, match=r"options.*float64"):
-        logps(options=Options(backend="triton", logits_dtype=torch.float64))
+@pytest.mark.parametrize(
+    ("interpreted", "changes", "message"),
+    [
+        (False, {}, r"options.backend: 'triton' cannot run here.*TRITON_INTERPRET=1"),
+        (True, {"hidden": torch.randn(B, T, D).double()}, r"options.backend: 'triton' cannot run here.*float64"),
+        pytest.param(True, {"logits_dtype": torch.float64}, r"options.*float64", marks=NOT_YET),
+    ],
+)
+def test_triton_says_why_it_cannot_run(monkeypatch, interpreted, changes, message):
+    monkeypatch.setattr(triton_rows, "interpreted", lambda: interpreted)
+    options = Options(backend="triton", logits_dtype=changes.get("logits_dtype"))
+    with pytest.raises(ValueError, match=message):
+        logps(options=options, **{k: v for k, v in changes.items() if k != "logits_dtype"})
 
 
 def test_hyper_parameters_are_not_arguments_of_the_loss():
