@@ -43,7 +43,27 @@ def plan(arguments: Sequence[str]) -> None:
     main(arguments)
 
 
-COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {"train": train, "demo": demo, "plan": plan}
+def kernels(arguments: Sequence[str]) -> None:
+    """Compile the Triton kernels for GPUs that need not be here; registers, spills, load widths."""
+    from repo_ops.kernels.aot import main
+
+    raise SystemExit(main(arguments))
+
+
+def bench(arguments: Sequence[str]) -> None:
+    """Time, memory and error of the fused losses beside their peers on this machine."""
+    from repo_ops.benchmarks.compare import main
+
+    raise SystemExit(main(arguments))
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
+    "train": train,
+    "demo": demo,
+    "plan": plan,
+    "kernels": kernels,
+    "bench": bench,
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

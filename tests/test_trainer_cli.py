@@ -43,6 +43,11 @@ def test_the_installed_script_runs_from_the_repository_root() -> None:
         (["train", "--replay", "varianc"], "repo-ops train: strategy: "),
         (["train", "--advantage_estimator", "grop"], "repo-ops train: estimator: "),
         (["train", "--advantage_args.widht", "1"], "repo-ops train: widht: "),
+        (["train", "--device", "gpu"], "repo-ops train: device: expected one that torch can use here, got 'gpu'"),
+        (
+            ["train", "--device", "cuda:99"],
+            "repo-ops train: device: expected one that torch can use here, got 'cuda:99'",
+        ),
         (["train", "--task", "sums"], "repo-ops train: task: expected one of "),
         (["train", "--task_args.digit", "2"], "repo-ops train: digit: expected an option of task 'products'"),
         (["train", "--reward", "exact"], "repo-ops train: reward: expected one of "),

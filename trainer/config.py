@@ -102,6 +102,8 @@ class TrainConfig:
     """Of the weights and of AdamW's state; bfloat16 weights often do not move at RL's learning rates."""
     autocast: bool = True
     """Compute the layers below the head in bfloat16; weights, head and loss stay in dtype."""
+    device: str | None = None
+    """cpu, cuda, cuda:1... (none: a GPU where torch sees one, else the CPU)."""
     threads: int | None = None
     """CPU threads of torch (none: its own choice)."""
     save_model: bool = True

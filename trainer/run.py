@@ -60,6 +60,7 @@ def prepare(config: TrainConfig) -> Run:
     """
     objective_args = {"beta": config.beta, **config.objective_args}
     repo_ops.get_objective(config.objective, **{"max_length": 1, **objective_args})
+    device = _device(config.device)
     two = torch.zeros(2)
     repo_ops.group_advantages(two, two.long(), off_policy=two.bool(), lengths=two.long(), **config.advantages)
     buffer = None
@@ -77,6 +78,7 @@ def prepare(config: TrainConfig) -> Run:
     torch.manual_seed(config.seed)
     transformers.utils.logging.disable_progress_bar()  # its bars, also when saving, would tear ours
     model, tokenizer = load_model(config.model, dtype=getattr(torch, config.dtype), seed=config.seed)
+    model.to(device)
     autocast = torch.bfloat16 if config.autocast else None
     learner = Learner(
         model,
@@ -94,3 +96,13 @@ def prepare(config: TrainConfig) -> Run:
     folder = Path(config.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     return Run(config, folder, task, reward, max_new_tokens, model, tokenizer, engine, learner, buffer)
+
+
+def _device(name: str | None) -> torch.device:
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:  # AssertionError: a torch without CUDA
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device: expected one that torch can use here, got {name!r} ({reason})") from error
