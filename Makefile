@@ -25,7 +25,7 @@ help:
 	@echo "make test    the whole test suite"
 	@echo "make lint    ruff check and ruff format --check"
 	@echo "make format  let ruff mend what it can"
-	@echo "make types   mypy over the three packages under their installed names"
+	@echo "make types   mypy over the packages under their installed names"
 	@echo "make bench   the benchmarks"
 	@echo "Each makes $(VENV) and installs into it first, where that is still to do."
 
@@ -68,13 +68,12 @@ format: $(DEV_STAMP)
 # mypy cannot follow the folder mapping of setup.py, so it reads the tree that users get: one package, made of links.
 types: $(DEV_STAMP)
 	@rm -rf build/types && mkdir -p build/types/repo_ops
-	@ln -s $(CURDIR)/repo_ops/* $(CURDIR)/kernels $(CURDIR)/trainer build/types/repo_ops/
+	@ln -s $(CURDIR)/repo_ops/* $(CURDIR)/kernels $(CURDIR)/trainer $(CURDIR)/benchmarks build/types/repo_ops/
 	cd build/types && $(abspath $(BIN))/mypy --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/.mypy_cache --package repo_ops
 
 # Let nothing else run meanwhile. Results and pictures are written to benchmarks/results.
 RESULTS := benchmarks/results
 bench: $(DEV_STAMP)
-	@$(PIP) --no-deps cut-cross-entropy
 	$(BIN)/pytest benchmarks $(ARGS)
 	$(BIN)/python benchmarks/bench_linear_policy_loss.py --shapes SmolLM2-135M Qwen3-0.6B --dead 0 70 \
 	  --dead-kind zero_advantage --json $(RESULTS)/linear_policy_loss-cpu.json

@@ -1,4 +1,4 @@
-"""Maps the three source folders to one installed package: repo_ops, repo_ops.kernels, repo_ops.trainer.
+"""Maps the source folders to one installed package: repo_ops, and .kernels, .trainer, .benchmarks within it.
 
 Everything else about the distribution stands in pyproject.toml. The mapping cannot stand there: a wheel must never
 hold a top-level `kernels`, since that is the name of another project's package, which it would overwrite.
@@ -6,7 +6,12 @@ hold a top-level `kernels`, since that is the name of another project's package,
 
 from setuptools import find_packages, setup
 
-FOLDERS = {"repo_ops": "repo_ops", "repo_ops.kernels": "kernels", "repo_ops.trainer": "trainer"}
+FOLDERS = {
+    "repo_ops": "repo_ops",
+    "repo_ops.kernels": "kernels",
+    "repo_ops.trainer": "trainer",
+    "repo_ops.benchmarks": "benchmarks",
+}
 
 packages = [
     name

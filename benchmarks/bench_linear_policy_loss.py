@@ -6,15 +6,8 @@ pytest benchmarks                                  the same methods under pytest
 
 import sys
 from collections.abc import Callable
-from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
-
-import repo_ops
-
-if find_spec("repo_ops.benchmarks") is None:  # an install that does not map this folder
-    repo_ops.__path__.append(str(Path(__file__).resolve().parents[1]))
 
 from repo_ops.benchmarks.compare import main
 from repo_ops.benchmarks.inputs import Case, make_inputs

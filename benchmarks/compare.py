@@ -207,7 +207,9 @@ def _cases(settings: argparse.Namespace) -> list[Case]:
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="repo-ops bench", description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     add = parser.add_argument
     add("--shapes", nargs="+", default=["SmolLM2-135M"], help=f"MODEL, MODEL:ROWS or NxDxV; {', '.join(MODELS)}; all")
     add("--dtype", nargs="+", choices=["float32", "bfloat16", "float16"], default=["float32"])

@@ -17,7 +17,6 @@ import tempfile
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,10 +25,6 @@ import torch
 from torch import Tensor
 
 import repo_ops
-
-if find_spec("repo_ops.benchmarks") is None:  # an install that does not map this folder
-    repo_ops.__path__.append(str(Path(__file__).resolve().parents[1]))
-
 from repo_ops.benchmarks.machine import describe
 from repo_ops.benchmarks.measure import interleave, spread
 from repo_ops.benchmarks.peak import in_own_process, peak_bytes

@@ -2,13 +2,6 @@
 
 import json
 import sys
-from importlib.util import find_spec
-from pathlib import Path
-
-import repo_ops
-
-if find_spec("repo_ops.benchmarks") is None:  # an install that does not map this folder
-    repo_ops.__path__.append(str(Path(__file__).resolve().parents[1]))
 
 from repo_ops.benchmarks.compare import memory_of
 

@@ -6,8 +6,10 @@
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import multiprocessing
+import os
 import re
 import subprocess
 import tempfile
@@ -340,6 +342,29 @@ def inspect_kernels(
 def _compile_nth(item: tuple[str, int, bool]) -> Compiled:
     architecture, index, sass = item
     return compile_case(cases(architecture)[index], architecture, sass=sass)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Print the table of all kernels for the wanted architectures; 1 if one spills, uses local memory or atomics."""
+    parser = argparse.ArgumentParser(
+        prog="repo-ops kernels", description="Compile every Triton kernel for GPUs that need not be here."
+    )
+    parser.add_argument("--arch", nargs="+", choices=list(TARGETS), default=list(TARGETS), help="architectures")
+    parser.add_argument("--match", default="", help="regular expression on the names of cases")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes")
+    parser.add_argument("--out", help="also write the table to this Markdown file")
+    options = parser.parse_args(arguments)
+    rows = inspect_kernels(options.arch, match=options.match, jobs=options.jobs)
+    table = format_table(rows)
+    bad = [f"{row.case} on {row.architecture}" for row in rows if row.spills or row.local_bytes or row.atomics]
+    verdict = (
+        f"{len(rows)} binaries: {'no spills, no local memory, no atomics' if not bad else 'FAILED ' + ', '.join(bad)}"
+    )
+    print(f"{table}\n\n{verdict}")
+    if options.out:
+        with open(options.out, "w") as file:
+            file.write(f"{table}\n\n{verdict}\n")
+    return 1 if bad else 0
 
 
 _HEAD = [

@@ -43,6 +43,12 @@ def _log_ratio(logps, old_logps, tokens, mask):
 
 
 @triton.jit
+def _bounded_exp(x):
+    """exp(min(x, 70)): a ratio of 2.5e30 is as good as infinite, and a sum of them stays a number. NaN stays NaN."""
+    return tl.exp(tl.where(x > 70.0, 70.0, x))
+
+
+@triton.jit
 def _bound(bound, tokens, mask):
     """A bound given as one number or as a number a token."""
     bound = tl.to_tensor(bound)  # the interpreter passes numbers as plain floats
@@ -103,7 +109,7 @@ def _kl_term(logp, ref_logp, KL: tl.constexpr):
     else:
         # e^x - x - 1 loses every digit of a small x, where its series has them all (next term below 1e-8 of it)
         small = 0.5 * x * x * (1.0 + x / 3.0 * (1.0 + x / 4.0 * (1.0 + x / 5.0 * (1.0 + x / 6.0))))
-        grows = tl.exp(x)
+        grows = _bounded_exp(x)
         near = tl.abs(x) < 0.1
         return tl.where(near, small, grows - x - 1.0), tl.where(near, -(small + x), 1.0 - grows)
 
@@ -159,7 +165,7 @@ def ratio_tokens_kernel(
     """
     tokens = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = tokens < N
-    r = tl.exp(_log_ratio(logps, old_logps, tokens, mask))
+    r = _bounded_exp(_log_ratio(logps, old_logps, tokens, mask))
     advantage = tl.load(advantages + tokens, mask=mask, other=0.0)
     weight = _times(_loaded_or_one(weights, tokens, mask), _loaded_or_one(correction, tokens, mask))
     value, slope, is_low, is_high, is_delta = _surrogate(r, advantage, low, high, delta, tokens, mask)
@@ -200,7 +206,7 @@ def ratio_sequences_kernel(
         for start in range(begin, end, BLOCK):
             tokens = start + lanes
             sums += _log_ratio(logps, old_logps, tokens, tokens < end)
-    s = tl.exp(tl.sum(sums, axis=0) / length)
+    s = _bounded_exp(tl.sum(sums, axis=0) / length)
 
     least = float("inf")
     slopes = tl.zeros([BLOCK], tl.float32)
@@ -216,7 +222,7 @@ def ratio_sequences_kernel(
             before = tl.where(later, _log_ratio(logps, old_logps, tokens - 1, later), float("inf"))
             running = _least(least, tl.associative_scan(before, 0, _least))
             least = _least(least, tl.reduce(before, 0, _least))
-            r = tl.exp(_log_ratio(logps, old_logps, tokens, mask) + tl.where(tokens == begin, 0.0, running))
+            r = _bounded_exp(_log_ratio(logps, old_logps, tokens, mask) + tl.where(tokens == begin, 0.0, running))
         else:
             r = tl.zeros([BLOCK], tl.float32) + s
         value, slope, is_low, is_high, is_delta = _surrogate(r, advantage, low, high, delta, tokens, mask)
@@ -399,7 +405,8 @@ def _empty_result(logps: Tensor, has_delta: bool, has_kl: bool) -> ClippedRatio:
     floats = [torch.empty_like(logps, memory_format=torch.contiguous_format) for _ in range(3)]
     flags = [torch.empty(logps.shape, dtype=torch.bool, device=logps.device) for _ in range(2 + has_delta)]
     kl = torch.empty_like(floats[0]) if has_kl else None
-    return ClippedRatio(*floats, flags[0], flags[1], flags[2] if has_delta else None, kl)
+    loss, dlogps, ratio = floats
+    return ClippedRatio(loss, dlogps, ratio, flags[0], flags[1], flags[2] if has_delta else None, kl)
 
 
 def _bytes_of(value: Tensor | None) -> Tensor | None:

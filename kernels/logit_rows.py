@@ -557,7 +557,11 @@ def _common_arguments(
     if tile.shape[1] > 1 and tile.stride(1) != 1:
         raise ValueError(f"tile: expected contiguous rows, got column stride {tile.stride(1)}; call .contiguous()")
     rows, vocabulary = tile.shape
-    per_row = isinstance(inv_temperature, Tensor)
+    temperatures, temperature = None, 1.0
+    if isinstance(inv_temperature, Tensor):
+        temperatures = check_vector("inv_temperature", inv_temperature, rows, (torch.float32,), tile.device)
+    else:
+        temperature = check_positive("inv_temperature", inv_temperature) or 1.0
     bias = check_vector("bias", bias, vocabulary, _FLOATS, tile.device)
     # where every row starts at a 16-byte boundary, the first block needs no mask and narrowed stores are 16 bytes wide
     starts = [tile.data_ptr(), tile.stride(0) * tile.element_size(), 0 if bias is None else bias.data_ptr()]
@@ -565,10 +569,8 @@ def _common_arguments(
         "tile": tile,
         "targets": check_vector("targets", targets, rows, (torch.int64,), tile.device),
         "bias": bias,
-        "inv_temperature": check_vector("inv_temperature", inv_temperature, rows, (torch.float32,), tile.device)
-        if per_row
-        else None,
-        "inv_temperature_value": 1.0 if per_row else check_positive("inv_temperature", inv_temperature),
+        "inv_temperature": temperatures,
+        "inv_temperature_value": temperature,
         "logit_scale": float(logit_scale),
         "softcap": check_positive("softcap", softcap),
         "V": vocabulary,

@@ -128,10 +128,12 @@ class _LinearPolicyLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor, Tensor | None]:
         *tensors, call, grad_enabled = arguments
-        grads = Gradients(call.head, [grad_enabled and need for need in ctx.needs_input_grad[: len(tensors)]])
+        needs = [grad_enabled and need for need in ctx.needs_input_grad[: len(tensors)]]
+        grads = Gradients(call.head, needs, rounds_float16=False)
         with gemm.without_autocast(call.head.hidden):
             loss, stats = _sweep(call, grads)
         ctx.grads = grads.finish()
+        ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in tensors]
         ctx.mark_non_differentiable(stats.logps, *([] if stats.entropy is None else [stats.entropy]))
         return loss, stats.logps, stats.entropy
 
@@ -146,7 +148,7 @@ class _LinearPolicyLoss(torch.autograd.Function):
         grads, ctx.grads = ctx.grads, None
         is_one = dloss.device.type == "cpu" and dloss.item() == 1.0  # elsewhere reading it would wait for the device
         scaled = [g if g is None or is_one else g.mul_(dloss.to(g.dtype)) for g in grads]
-        return (*scaled, None, None)
+        return (*(g if g is None else g.to(dtype) for g, dtype in zip(scaled, ctx.dtypes, strict=True)), None, None)
 
 
 def _sweep(call: _Call, grads: Gradients) -> tuple[Tensor, RowStats]:

@@ -5,16 +5,10 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
-
-import repo_ops
-
-if find_spec("repo_ops.benchmarks") is None:  # an install that does not map the folder benchmarks/
-    repo_ops.__path__.append(str(Path(__file__).resolve().parents[1]))
 
 from repo_ops.benchmarks import compare, report
 from repo_ops.benchmarks.accuracy import Errors, errors, truth

@@ -61,7 +61,7 @@ def test_no_large_or_binary_surprises() -> None:
 
 
 def test_every_source_folder_is_a_package() -> None:
-    folders = {p.parent for top in ("kernels", "repo_ops", "trainer") for p in (ROOT / top).rglob("*.py")}
+    folders = {p.parent for top in ("kernels", "repo_ops", "trainer", "benchmarks") for p in (ROOT / top).rglob("*.py")}
     assert folders
     assert [str(f.relative_to(ROOT)) for f in folders if not (f / "__init__.py").exists()] == []
     assert not (ROOT / "tests" / "__init__.py").exists()  # importlib mode; a package here would hide the installed one

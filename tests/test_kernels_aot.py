@@ -149,3 +149,13 @@ def test_importing_the_package_does_not_import_triton():
     code = "import sys, repo_ops.kernels; print('triton' in sys.modules)"
     done = run("-c", code, interpret=False)
     assert done.stdout.strip() == "False", done.stderr
+
+
+def test_the_command_prints_the_table_and_its_verdict(tmp_path):
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", "from repo_ops.cli import main; main()", "kernels", "--arch", "sm_90"]
+    command += ["--match", "group_advantages split", "--jobs", "1", "--out", str(tmp_path / "table.md")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "no spills, no local memory, no atomics" in done.stdout
+    assert (tmp_path / "table.md").read_text() == done.stdout

@@ -14,7 +14,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-FOLDERS = {"repo_ops": "repo_ops", "kernels": "repo_ops/kernels", "trainer": "repo_ops/trainer"}
+FOLDERS = {
+    "repo_ops": "repo_ops",
+    "kernels": "repo_ops/kernels",
+    "trainer": "repo_ops/trainer",
+    "benchmarks": "repo_ops/benchmarks",
+}
 SCRIPTS = Path(sysconfig.get_path("scripts"))
 
 

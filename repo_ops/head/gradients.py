@@ -22,6 +22,7 @@ class ProductGradients:
     need_weight: bool
     every_row_is_written: bool
     accumulation_dtype: torch.dtype
+    rounds_float16: bool
     hidden: Tensor | None = field(default=None, init=False)
     weight: Tensor | None = field(default=None, init=False)
     _chunks: int = field(default=0, init=False)
@@ -30,7 +31,7 @@ class ProductGradients:
         hidden, weight = self.product
         if self.need_hidden:
             new = torch.empty_like if self.every_row_is_written else torch.zeros_like
-            self.hidden = new(hidden, memory_format=torch.contiguous_format)
+            self.hidden = new(hidden, dtype=self._result_dtype(hidden), memory_format=torch.contiguous_format)
         if self.need_weight:
             self.weight = torch.empty_like(weight, dtype=self.accumulation_dtype, memory_format=torch.contiguous_format)
 
@@ -52,19 +53,28 @@ class ProductGradients:
         """(dhidden, dweight) in the dtypes of their tensors."""
         if self._chunks == 0 and self.weight is not None:
             self.weight.zero_()
-        return self.hidden, None if self.weight is None else self.weight.to(self.product.weight.dtype)
+        return self.hidden, None if self.weight is None else self.weight.to(self._result_dtype(self.product.weight))
+
+    def _result_dtype(self, tensor: Tensor) -> torch.dtype:
+        late = tensor.dtype == torch.float16 and not self.rounds_float16
+        return self.accumulation_dtype if late else tensor.dtype
 
 
 class Gradients:
     """Gradients of a head: of its products and its bias, those that are needed."""
 
-    def __init__(self, head: HeadInputs, needs: Sequence[bool]) -> None:
-        """`needs`: for hidden, weight, bias, adapter hidden, adapter weight, as in `HeadInputs.tensors`."""
+    def __init__(self, head: HeadInputs, needs: Sequence[bool], *, rounds_float16: bool = True) -> None:
+        """`needs`: for hidden, weight, bias, adapter hidden, adapter weight, as in `HeadInputs.tensors`.
+
+        Without `rounds_float16`, gradients of float16 tensors stay in float32: where a gradient scaler multiplies them
+        later, rounding them first would underflow.
+        """
         self.head = head
         self.wanted = any(needs)
         pairs = zip(head.products, [needs[:2], needs[3:]], strict=False)
         self.products = [
-            ProductGradients(product, need[0], need[1], head.rows is None, head.exact_dtype) for product, need in pairs
+            ProductGradients(product, need[0], need[1], head.rows is None, head.exact_dtype, rounds_float16)
+            for product, need in pairs
         ]
         bias = needs[2]
         self.bias = torch.zeros_like(head.bias, dtype=head.exact_dtype) if bias and head.bias is not None else None
@@ -84,7 +94,7 @@ class Gradients:
             self.bias += torch.mv(dlogits.t(), ones)
 
     def finish(self) -> list[Tensor | None]:
-        """Gradients in the order of `HeadInputs.tensors`, in the dtypes of their tensors."""
+        """Gradients in the order of `HeadInputs.tensors`, in the dtypes of their tensors but for late rounding."""
         (hidden, weight), *adapter = [gradients.finish() for gradients in self.products]
         bias = None if self.bias is None or self.head.bias is None else self.bias.to(self.head.bias.dtype)
         return [hidden, weight, bias, *(adapter[0] if adapter else (None, None))]

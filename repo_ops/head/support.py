@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from repo_ops.arguments import Layout, check_values
+from repo_ops.head.gemm import without_autocast
 from repo_ops.head.inputs import HeadInputs
 from repo_ops.head.plan import Plan
 
@@ -40,6 +41,9 @@ def checked(support_ids: Tensor, head: HeadInputs, where: Layout) -> Tensor:
     live = flat if where.rows is None else flat.index_select(0, where.rows)
     ok = ((live >= NOT_KEPT) & (live < len(head.weight))).all()
     check_values("support_ids", ok, f"ids from 0 to {len(head.weight) - 1}, -1 for padding", "pad with -1")
+    in_order = live.sort(1).values
+    twice = (in_order[:, 1:] == in_order[:, :-1]) & (in_order[:, 1:] != NOT_KEPT)
+    check_values("support_ids", ~twice.any(), "each id once a row", "a token listed twice would count twice")
     target = head.targets[:, None]
     return torch.cat([target, torch.where(live == target, NOT_KEPT, live)], 1)
 
@@ -73,9 +77,10 @@ class _GatheredProduct(torch.autograd.Function):
         ctx.save_for_backward(hidden, weight, ids)
         ctx.head, ctx.rows = head, _chunk_rows(ids, weight, plan)
         found = hidden.new_empty(ids.shape, dtype=head.exact_dtype)
-        for chunk in _chunks(ids, ctx.rows):
-            rows = head.rows_of(hidden, chunk).to(found.dtype)
-            found[chunk] = torch.bmm(weight[ids[chunk]].to(found.dtype), rows[:, :, None])[:, :, 0]
+        with without_autocast(hidden):
+            for chunk in _chunks(ids, ctx.rows):
+                rows = head.rows_of(hidden, chunk).to(found.dtype)
+                found[chunk] = torch.bmm(weight[ids[chunk]].to(found.dtype), rows[:, :, None])[:, :, 0]
         return found
 
     @staticmethod
@@ -87,7 +92,8 @@ class _GatheredProduct(torch.autograd.Function):
         dweight = torch.zeros_like(weight, dtype=dtype) if ctx.needs_input_grad[1] else None
         for chunk in _chunks(ids, ctx.rows):
             if dhidden is not None:
-                grad = torch.bmm(dlogits[chunk, None, :], weight[ids[chunk]].to(dtype))[:, 0]
+                with without_autocast(hidden):
+                    grad = torch.bmm(dlogits[chunk, None, :], weight[ids[chunk]].to(dtype))[:, 0]
                 dhidden[chunk if head.rows is None else head.rows[chunk]] = grad.to(dhidden.dtype)
             if dweight is not None:
                 outer = dlogits[chunk, :, None] * head.rows_of(hidden, chunk).to(dtype)[:, None, :]

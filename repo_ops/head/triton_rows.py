@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 
 import torch
 from torch import Tensor
@@ -18,7 +17,9 @@ def available() -> bool:
 
 def interpreted() -> bool:
     """Whether Triton kernels run in its interpreter, on CPU tensors."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
+    from repo_ops.kernels import launch
+
+    return launch.interpreting()
 
 
 def why_not(tensor: Tensor) -> str:
