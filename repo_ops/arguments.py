@@ -106,6 +106,7 @@ def layout(tokens: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, name:
         raise ValueError(f"cu_seqlens: expected packed {name} [N], got {name} of shape {list(shape)}; drop cu_seqlens")
     if mask is not None:
         check_shape("mask", mask, shape, name)
+        check_values("mask", ((mask == 0) | (mask == 1)).all(), "bool or 0 and 1", "a weight goes into the advantages")
     num_sequences: int | None = shape[0] if tokens.ndim == 2 else None
     owner = None
     if tokens.ndim == 2:

@@ -97,7 +97,7 @@ def _check_head_tensor(name: str, value: Tensor, device: torch.device) -> None:
 
 
 def _check_product(name: str, hidden: Tensor, weight_name: str, weight: Tensor, where: Layout) -> None:
-    if weight.ndim != 2 or len(weight) == 0:
+    if weight.ndim != 2 or 0 in weight.shape:
         raise ValueError(f"{weight_name}: expected shape [V, D] like lm_head.weight, got {list(weight.shape)}")
     if tuple(hidden.shape[:-1]) != where.shape or hidden.ndim != len(where.shape) + 1:
         raise ValueError(

@@ -1,4 +1,9 @@
-"""Policy losses straight from hidden states: the gradient is formed while a tile of logits still exists."""
+"""Policy losses straight from hidden states: the gradient is formed while a tile of logits still exists.
+
+Top to bottom: `arguments.layout` finds the live tokens; `loss_inputs` checks what the objective reads and weighs each
+token (reduce.py); `head_inputs` checks the head, `make_plan` cuts its rows into tiles; `head/sweep.py` goes over them
+and asks `step_loss.coefficients` for d loss / d logp of each row; `Gradients` gathers what the backward hands over.
+"""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ class PolicyLoss(NamedTuple):
     entropy: Tensor | None
     """Detached entropies likewise; None unless the objective reads them."""
     metrics: Metrics
-    """name -> Stat(total, count), detached sums; see repo_ops.metrics.summarize."""
+    """name -> Stat(total, count): detached sums over the tokens that were computed (see `live`), for `summarize`."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -184,7 +184,8 @@ def _live_logps(name: str, values: Tensor, where: Layout) -> Tensor:
     arguments.check_float(name, values)
     live = where.take(values.detach())
     if name != "sampler_logps":  # an engine that reports NaN loses that token, not the step
-        arguments.check_values(name, ~live.isnan().any(), "numbers where mask is 1, got NaN", "mask those tokens")
+        remedy = "an infinity or a NaN comes from a token that the policy could not have sampled: mask it"
+        arguments.check_values(name, live.isfinite().all(), "finite numbers where mask is 1", remedy)
     return live.to(torch.promote_types(live.dtype, torch.float32))
 
 

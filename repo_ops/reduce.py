@@ -86,9 +86,23 @@ def resolve_num_items(
         expected = "one number" if off_policy is None else "a pair (on_policy, off_policy) because off_policy is given"
         raise ValueError(f"num_items: expected {expected}, got {num_items}")
     on, off = pair[0], 0 if off_policy is None else pair[-1]
+    if off_policy is None:
+        _check_own_count(on, lengths, reduction)
     if counts_tokens(reduction):
         return NumItems(float("nan"), on, float("nan"), off)
     return NumItems(on, float("nan"), off, float("nan"))
+
+
+def _check_own_count(count: Count, lengths: Tensor, reduction: str) -> None:
+    """Refuse a count of the step below that of this call alone, where comparing them needs no device."""
+    if reduction in ("token-sum", "const-nobatch") or isinstance(count, Tensor) or lengths.device.type != "cpu":
+        return
+    own, unit = (int(lengths.sum()), "tokens") if counts_tokens(reduction) else (len(lengths), "sequences")
+    if count < own:
+        raise ValueError(
+            f"num_items: expected at least the {own} {unit} of this call, got {count}; it counts those of the whole "
+            "step, all micro-batches and ranks (where ranks average gradients, multiply the loss by their number)"
+        )
 
 
 def _check_off_policy_counts(num_items: NumItems, off_policy: Tensor | None) -> None:

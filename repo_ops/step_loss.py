@@ -195,6 +195,8 @@ def loss_metrics(objective: Objective, tokens: Tokens) -> Metrics:
 
 
 def _weighted_sum(weights: Tensor, values: Tensor) -> Tensor:
+    if not isinstance(values, Tensor):
+        raise TypeError(f"objective: expected per-token losses as a tensor, got {type(values).__name__}")
     if values.shape != weights.shape:
         raise ValueError(
             f"objective: expected a per-token loss of shape {list(weights.shape)}, got {list(values.shape)}; "

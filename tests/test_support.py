@@ -85,7 +85,7 @@ def test_the_ratio_is_1_on_policy_where_the_sampler_truncates():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda ids: ids[:, :4], r"support_ids: expected shape \[3, 5, 'K'\] with K <= 512, got \[3, 4, 7\]"),
+        (lambda ids: ids[:, :4], r"support_ids: expected shape \[3, 5, 'K'\] with 0 < K <= 512, got \[3, 4, 7\]"),
         (lambda ids: ids.float(), "support_ids: expected int64"),
         (lambda ids: ids + V, "support_ids: expected ids from 0 to 100"),
         (lambda ids: ids.new_zeros(B, T, 513), "K <= 512"),

@@ -56,8 +56,12 @@ class ProductGradients:
         return self.hidden, None if self.weight is None else self.weight.to(self._result_dtype(self.product.weight))
 
     def _result_dtype(self, tensor: Tensor) -> torch.dtype:
-        late = tensor.dtype == torch.float16 and not self.rounds_float16
-        return self.accumulation_dtype if late else tensor.dtype
+        return result_dtype(tensor, self.accumulation_dtype, self.rounds_float16)
+
+
+def result_dtype(tensor: Tensor, exact: torch.dtype, rounds_float16: bool) -> torch.dtype:
+    """Dtype in which the gradient of `tensor` leaves the sweep."""
+    return exact if tensor.dtype == torch.float16 and not rounds_float16 else tensor.dtype
 
 
 class Gradients:
@@ -70,6 +74,7 @@ class Gradients:
         later, rounding them first would underflow.
         """
         self.head = head
+        self.rounds_float16 = rounds_float16
         self.wanted = any(needs)
         pairs = zip(head.products, [needs[:2], needs[3:]], strict=False)
         self.products = [
@@ -96,7 +101,9 @@ class Gradients:
     def finish(self) -> list[Tensor | None]:
         """Gradients in the order of `HeadInputs.tensors`, in the dtypes of their tensors but for late rounding."""
         (hidden, weight), *adapter = [gradients.finish() for gradients in self.products]
-        bias = None if self.bias is None or self.head.bias is None else self.bias.to(self.head.bias.dtype)
+        bias = self.bias
+        if bias is not None and self.head.bias is not None:
+            bias = bias.to(result_dtype(self.head.bias, bias.dtype, self.rounds_float16))
         return [hidden, weight, bias, *(adapter[0] if adapter else (None, None))]
 
     def _positions(self, chunk: slice, live: Tensor | None) -> Tensor | slice:

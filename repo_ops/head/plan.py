@@ -82,10 +82,10 @@ def make_plan(head: HeadInputs, options: Options) -> Plan:
     gradient_dtype = tile_dtype
     if hidden.device.type != "cpu":
         gradient_dtype = torch.promote_types(hidden.dtype, weight.dtype)
-    return Plan(rows, tile_dtype, gradient_dtype, choose_backend(hidden, options))
+    return Plan(rows, tile_dtype, gradient_dtype, choose_backend(hidden, options, tile_dtype))
 
 
-def choose_backend(hidden: Tensor, options: Options) -> str:
+def choose_backend(hidden: Tensor, options: Options, tile_dtype: torch.dtype) -> str:
     """ "triton" or "torch": what runs the row arithmetic.
 
     Raises:
@@ -94,9 +94,9 @@ def choose_backend(hidden: Tensor, options: Options) -> str:
     from repo_ops.head import triton_rows
 
     if options.backend == "auto":
-        return "triton" if hidden.is_cuda and triton_rows.available() else "torch"
+        return "triton" if hidden.is_cuda and not triton_rows.why_not(hidden, tile_dtype) else "torch"
     if options.backend == "triton":
-        reason = triton_rows.why_not(hidden)
+        reason = triton_rows.why_not(hidden, tile_dtype)
         if reason:
             raise ValueError(f"options.backend: 'triton' cannot run here: {reason}; use 'torch' or 'auto'")
     return options.backend

@@ -33,9 +33,10 @@ def checked(support_ids: Tensor, head: HeadInputs, where: Layout) -> Tensor:
         raise ValueError("support_ids: expected None with tp_group; a support is small, so gather the head's rows")
     if not isinstance(support_ids, Tensor) or support_ids.dtype not in (torch.int64, torch.int32):
         raise TypeError("support_ids: expected int64 token ids, -1 for padding")
-    if tuple(support_ids.shape[:-1]) != where.shape or support_ids.shape[-1] > MAX_SUPPORT:
+    if tuple(support_ids.shape[:-1]) != where.shape or not 0 < support_ids.shape[-1] <= MAX_SUPPORT:
         raise ValueError(
-            f"support_ids: expected shape {[*where.shape, 'K']} with K <= {MAX_SUPPORT}, got {list(support_ids.shape)}"
+            f"support_ids: expected shape {[*where.shape, 'K']} with 0 < K <= {MAX_SUPPORT}, "
+            f"got {list(support_ids.shape)}"
         )
     flat = support_ids.reshape(-1, support_ids.shape[-1]).to(torch.int64)
     live = flat if where.rows is None else flat.index_select(0, where.rows)

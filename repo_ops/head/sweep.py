@@ -2,6 +2,10 @@
 
 `statistics` costs one pass of N V D multiply-adds, `gradients` three (it recomputes the tile), and `one_sweep` three in
 all: there the objective turns a tile's statistics into coefficients while the tile still exists.
+
+A row backend is two functions, `stats_` and `grads_`. Between them it may leave in the tile what suits it: Triton's
+leaves the logits, PyTorch's leaves exponentials, so that one pass over memory serves both; `exponentiate_` brings a
+tile of fresh logits to that state where the statistics are known already.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Row arithmetic on a tile of logits in PyTorch, in place, in blocks of rows that stay in cache.
 
 A tile is read from and written to memory once: the statistics leave e = exp(z - max) behind, and the gradient
-p - onehot = (e - sum * onehot) / sum keeps its row factor 1 / sum apart, to be applied to [C, D] operands of the two
+p - onehot keeps its row factor 1 / sum(e) apart, to be applied to [C, D] operands of the two
 GEMMs that follow instead of to [C, V] logits.
 """
 

@@ -22,14 +22,14 @@ def interpreted() -> bool:
     return launch.interpreting()
 
 
-def why_not(tensor: Tensor) -> str:
-    """Why kernels cannot run on `tensor`; empty if they can."""
+def why_not(tensor: Tensor, tile_dtype: torch.dtype) -> str:
+    """Why kernels cannot run on `tensor` with tiles of `tile_dtype`; empty if they can."""
     if not available():
         return "the package triton is not installed"
     if tensor.device.type == "cpu" and not interpreted():
         return "tensors are on a CPU and TRITON_INTERPRET=1 was not set before the start"
-    if tensor.dtype == torch.float64:
-        return "the kernels compute in float32 and the inputs are float64"
+    if tile_dtype == torch.float64:
+        return "the kernels compute in float32, and float64 inputs or logits_dtype ask for float64"
     return ""
 
 

@@ -39,6 +39,8 @@ def get_objective(name: str, **hyper: Any) -> Objective:
     Raises:
         ValueError: unknown name or hyper-parameter (with the nearest known one), or a value out of range.
     """
+    if not isinstance(name, str):
+        raise TypeError(f"objective: expected a name, got {type(name).__name__} {name!r}")
     if name not in objective_names():
         raise ValueError(f"objective: expected one of {', '.join(objective_names())}, got {name!r}{_nearest(name)}")
     module, preset = RECIPES.get(name, (name, {}))

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from repo_ops.arguments import check_number
 from repo_ops.kl import KL
 from repo_ops.metrics import Metrics, extreme, stat
 from repo_ops.reduce import REDUCTIONS, ROW_NORMS
@@ -101,8 +102,8 @@ class Objective:
         if self.kl_reduction is not None:
             check_choice(self, "kl_reduction", REDUCTIONS)
         check_positive(self, "beta", "entropy_coef", zero=True)
-        if self.max_length is not None and not self.max_length > 0:
-            raise ValueError(f"max_length: expected tokens > 0, got {self.max_length}")
+        if self.max_length is not None:
+            check_number("max_length", self.max_length, "tokens > 0", above=0)
         if self.max_length is None and any((r or "").startswith("const") for r in (self.reduction, self.kl_reduction)):
             raise ValueError(f"max_length: expected the generation budget for reduction {self.reduction!r}, got None")
         self._check_modifiers()
@@ -206,16 +207,14 @@ def check_choice(objective: Objective, field: str, allowed: Iterable[str]) -> No
 def check_positive(objective: Objective, *fields: str, zero: bool = False) -> None:
     """Refuse a setting that is not a finite number > 0 (>= 0 where `zero`)."""
     for field in fields:
-        value = getattr(objective, field)
-        if not (value >= 0 if zero else value > 0) or value == float("inf"):
-            raise ValueError(f"{field}: expected a finite number {'>=' if zero else '>'} 0, got {value}")
+        expected = f"a finite number {'>=' if zero else '>'} 0"
+        check_number(field, getattr(objective, field), expected, **({"low": 0} if zero else {"above": 0}))
 
 
 def check_width(name: str, value: float | None, *, low: bool = False) -> None:
     """Refuse a clip width that is negative or, below 1, wider than 1 (a ratio cannot be negative)."""
     if value is None:
         return
-    if not 0 <= value < float("inf"):
-        raise ValueError(f"{name}: expected a width >= 0 around ratio 1 (0.2 clips at 0.8 or 1.2), got {value}")
+    check_number(name, value, "a width >= 0 around ratio 1 (0.2 clips at 0.8 or 1.2)", low=0)
     if low and value > 1:
         raise ValueError(f"{name}: expected a width <= 1 (a ratio is never below 0), got {value}")
