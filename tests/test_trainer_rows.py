@@ -95,7 +95,8 @@ def test_logps_and_all_gradients_equal_separate_rows(make, max_tokens: int) -> N
     backbone = Backbone(model)
     batches = pack_rows(PROMPTS, COMPLETIONS, max_tokens=max_tokens)
     for batch in batches:
-        logps = repo_ops.linear_logps(backbone.hidden(batch), targets=batch.targets, **backbone.head).logps
+        hidden = backbone.hidden(batch)
+        logps = repo_ops.linear_logps(hidden, targets=batch.targets, **backbone.head.arguments(hidden)).logps
         weight = torch.cat([weights[i] for i in batch.sequences])
         torch.testing.assert_close(logps, torch.cat([expected[i] for i in batch.sequences]), rtol=0, atol=1e-5)
         (logps * weight).sum().backward()
@@ -203,7 +204,8 @@ def test_a_window_is_measured_along_a_sequence_not_along_its_row() -> None:
     completions = [(5, 6, 7), (8, 9, 10), (11, 12, 13), (14, 15, 16)]
     (batch,) = pack_rows([(1, 2, 3, 4)] * 4, completions, max_tokens=100)
     assert batch.input_ids.shape == (1, 12)
-    logps = repo_ops.linear_logps(backbone.hidden(batch), targets=batch.targets, **backbone.head).logps
+    hidden = backbone.hidden(batch)
+    logps = repo_ops.linear_logps(hidden, targets=batch.targets, **backbone.head.arguments(hidden)).logps
     expected = torch.cat([separate_logps(model, (1, 2, 3, 4), completions[i]) for i in batch.sequences])
     torch.testing.assert_close(logps, expected, rtol=0, atol=1e-5)
 

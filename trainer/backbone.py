@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 import repo_ops
+from repo_ops.causal_lm import find_head
 from repo_ops.trainer.rows import MicroBatch, pack_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["Backbone", "head_arguments"]
+__all__ = ["Backbone"]
 
 
 class Backbone:
@@ -23,7 +24,7 @@ class Backbone:
 
     Refuses, when made, a model whose rows would not be exact: it compares the log-probs of a few packed tokens with
     those of `model(...)` on separate rows, which catches recurrent layers, attention that ignores a mask, positions
-    that are not taken from `position_ids`, and a scaling of the logits that `head_arguments` does not know.
+    that are not taken from `position_ids`, and a scaling of the logits that `find_head` does not know.
 
     Args:
         model: stays in eval mode (dropout would make packed and separate rows differ).
@@ -34,7 +35,7 @@ class Backbone:
         self.model = model.eval()
         self.attention = _attention_of(model)
         self.window = _window_of(model.config.get_text_config())
-        self.head: dict[str, Any] = head_arguments(model)
+        self.head = find_head(model)
         self.autocast: torch.dtype | None = None
         _compare_with_separate_rows(self)
         self.autocast = autocast
@@ -53,34 +54,17 @@ class Backbone:
             )
         mask = batch.attention_mask()
         if self.attention == "eager":  # eager attention adds its mask to the scores
-            dtype = self.autocast or self.head["weight"].dtype
+            dtype = self.autocast or self.head.weight.dtype
             mask = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
         with self._precision(batch.input_ids.device):
             states = self.model.get_decoder()(
                 input_ids=batch.input_ids, attention_mask=mask, position_ids=batch.position_ids, use_cache=False
             ).last_hidden_state
         # float32 weights meet bfloat16 states under autocast: widening the states loses nothing
-        return states.flatten(0, 1)[batch.gather].to(self.head["weight"].dtype)
+        return states.flatten(0, 1)[batch.gather].to(self.head.weight.dtype)
 
     def _precision(self, device: torch.device) -> AbstractContextManager[Any]:
         return nullcontext() if self.autocast is None else torch.autocast(device.type, dtype=self.autocast)
-
-
-def head_arguments(model: PreTrainedModel) -> dict[str, Any]:
-    """weight, bias, softcap and logit_scale of the model's head, as `repo_ops.linear_logps` takes them."""
-    config = model.config.get_text_config()
-    head = model.get_output_embeddings()
-    scale = 1.0
-    for key, exponent in (("logit_scale", 1), ("lm_head_multiplier", 1), ("logits_scaling", -1)):
-        value = getattr(config, key, None)  # Cohere; Falcon-H1; Granite, which divides
-        if value is not None:
-            scale *= float(value) ** exponent
-    return {
-        "weight": head.weight,
-        "bias": getattr(head, "bias", None),
-        "softcap": getattr(config, "final_logit_softcapping", None),
-        "logit_scale": scale,
-    }
 
 
 def _attention_of(model: PreTrainedModel) -> str:
@@ -112,14 +96,15 @@ def _window_of(config: Any) -> int | None:
 
 @torch.no_grad()
 def _compare_with_separate_rows(backbone: Backbone) -> None:
-    vocabulary = backbone.head["weight"].shape[0]
-    device = backbone.head["weight"].device
+    vocabulary = backbone.head.weight.shape[0]
+    device = backbone.head.weight.device
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, vocabulary, (12,), generator=generator).tolist()
     prompt, completions = ids[:4], [ids[4:8], ids[4:6] + ids[8:10], ids[10:]]
     (batch,) = pack_rows([prompt] * 3, completions, max_tokens=64)
     batch = batch.to(device)
-    packed = repo_ops.linear_logps(backbone.hidden(batch), targets=batch.targets, **backbone.head).logps
+    hidden = backbone.hidden(batch)
+    packed = repo_ops.linear_logps(hidden, targets=batch.targets, **backbone.head.arguments(hidden)).logps
     separate = []
     for index in batch.sequences:
         row = torch.tensor([prompt + completions[index]], device=device)
@@ -127,7 +112,7 @@ def _compare_with_separate_rows(backbone: Backbone) -> None:
         separate.append(logits.float().log_softmax(-1).gather(-1, row[0, len(prompt) :, None])[:, 0])
     gap = (packed - torch.cat(separate)).abs().max().item()
     # float32 differs by 1e-6; bfloat16 weights round to a few hundredths where a wrong mask gives whole nats
-    if not gap < (1e-3 if backbone.head["weight"].dtype == torch.float32 else 0.25):
+    if not gap < (1e-3 if backbone.head.weight.dtype == torch.float32 else 0.25):
         raise ValueError(
             f"model: packed and separate rows of {type(backbone.model).__name__} differ by {gap:.3g} nats; it has "
             "recurrent layers, positions of its own, or a scaling of the logits that is not supported"

@@ -132,7 +132,7 @@ class Learner:
             return False
         if not sequence.off_policy and (self.objective.beta > 0 or self.objective.entropy_coef > 0):
             return True
-        dead = sequence.advantage == 0 and self.objective.zero_at_zero_advantage
+        dead = sequence.advantage == 0 and self.objective.skips_zero_advantage
         return not dead or self.objective.reach == "batch"
 
     def pack(self, sequences: Sequence[ScoredSequence]) -> list[MicroBatch]:
@@ -178,7 +178,7 @@ class Learner:
                 sampler_logps=self._sampler_logps(chosen, replayed),
                 cu_seqlens=cu_seqlens,
                 temperature=self.temperature,
-                **self.backbone.head,
+                **self.backbone.head.arguments(hidden[tokens]),
                 **(self._replayed(chosen, num_items) if replayed else {"num_items": self._on_policy(num_items)}),
             )
             result.loss.backward()
@@ -223,7 +223,7 @@ class Learner:
             return None
         hidden = self.reference.hidden(batch)
         return repo_ops.linear_logps(
-            hidden, targets=batch.targets, temperature=self.temperature, **self.reference.head
+            hidden, targets=batch.targets, temperature=self.temperature, **self.reference.head.arguments(hidden)
         ).logps
 
 

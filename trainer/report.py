@@ -45,13 +45,15 @@ def draw_report(runs: Mapping[str, Path], path: Path, *, title: str | None = Non
 
 def _reward(ax: Axes, metrics: Mapping[str, Lines]) -> None:
     """Training reward, and held-out reward where it was measured."""
-    for colour, (name, lines) in zip(RUN_COLOURS, metrics.items()):
+    for size, colour, (name, lines) in zip((11, 7, 4, 2), RUN_COLOURS, metrics.items()):  # equal values stay visible
         steps, values = _series(lines, "reward/mean")
         ax.plot(steps, values, color=colour, alpha=0.3, linewidth=1)
         ax.plot(steps, _smooth(values), color=colour, linewidth=2.2, label=f"{name}, train")
         steps, values = _series(lines, "eval/sampled_mean")
         if steps:
-            ax.plot(steps, values, "o:", color=colour, markersize=8, markerfacecolor="white", label=f"{name}, held-out")
+            ax.plot(
+                steps, values, "o:", color=colour, markersize=size, markerfacecolor="none", label=f"{name}, held-out"
+            )
     _style(ax, f"Reward (bold: mean of {WINDOW} steps)", "mean reward", unit_range=True)
 
 
@@ -90,7 +92,7 @@ def _length(ax: Axes, metrics: Mapping[str, Lines]) -> None:
         ax.plot(steps, values, color=colour, alpha=0.3, linewidth=1)
         ax.plot(steps, _smooth(values), color=colour, linewidth=2.2, label=name)
     _style(ax, "Completion length", "mean tokens, stop token included")
-    ax.set_ylim(0, 1.15 * ax.get_ylim()[1])
+    ax.set_ylim(0, 1.3 * ax.get_ylim()[1])
 
 
 def _time(ax: Axes, metrics: Mapping[str, Lines]) -> None:
@@ -115,7 +117,7 @@ def _memory(ax: Axes, metrics: Mapping[str, Lines]) -> None:
         steps, values = _series(lines, "memory/peak_mb")
         ax.plot(steps, [value / 1024 for value in values], color=colour, linewidth=2.2, label=name)
     _style(ax, "Peak memory of each step", "GiB")
-    ax.set_ylim(0, 1.15 * ax.get_ylim()[1])
+    ax.set_ylim(0, 1.3 * ax.get_ylim()[1])
 
 
 def _style(ax: Axes, title: str, ylabel: str, *, unit_range: bool = False) -> None:
@@ -123,10 +125,11 @@ def _style(ax: Axes, title: str, ylabel: str, *, unit_range: bool = False) -> No
     ax.set_xlabel("step")
     ax.set_ylabel(ylabel)
     ax.grid(alpha=0.25)
-    if unit_range:
-        ax.set_ylim(-0.03, 1.03)
+    if unit_range:  # headroom, so that the legend hides no line
+        ax.set_ylim(-0.03, 1.33)
+        ax.set_yticks([0, 0.2, 0.4, 0.6, 0.8, 1.0])
     if ax.get_legend_handles_labels()[0]:
-        ax.legend(fontsize=9, framealpha=0.8, edgecolor="none")
+        ax.legend(loc="upper left", ncols=2 if unit_range else 1, fontsize=9, frameon=False)
 
 
 def _series(lines: Lines, key: str) -> tuple[list[int], list[float]]:
