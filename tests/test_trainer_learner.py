@@ -224,7 +224,7 @@ def test_autocast_computes_layers_in_bfloat16_and_keeps_float32_weights_and_grad
 
 
 def test_objectives_that_the_loop_cannot_serve_are_refused_and_the_others_are_served() -> None:
-    with pytest.raises(ValueError, match=r"objective: .* which also reads topk_behaviour_logps, topk_logps"):
+    with pytest.raises(ValueError, match=r"objective: .* which also reads topk_behaviour_logps, topk_offsets"):
         Learner(small_model(), repo_ops.get_objective("dppo_topk"))
     spo = Learner(small_model(), repo_ops.get_objective("spo"))  # reads reference log-probs without a KL term
     assert spo.reference is not None

@@ -75,7 +75,7 @@ class Learner:
     ) -> None:
         if missing := sorted(objective.reads - {"ref_logps", "sampler_logps", "entropy"}):
             raise ValueError(
-                f"objective: expected one that reads log-probabilities and entropy, got {objective}, which also reads "
+                "objective: expected one that reads log-probabilities and entropy, got one which also reads "
                 f"{', '.join(missing)}; call repo_ops.linear_policy_loss from a loop of your own"
             )
         self.backbone = Backbone(model, autocast=autocast)
@@ -83,6 +83,7 @@ class Learner:
         if "ref_logps" in objective.reads:
             self.reference = Backbone(copy.deepcopy(model).requires_grad_(False), autocast=autocast)
         self.objective = objective
+        self.policy_term = replace(objective, beta=0.0, entropy_coef=0.0)  # all that replayed sequences have
         self.off_policy_coef = off_policy_coef
         self.temperature = temperature
         self.max_tokens = max_tokens
@@ -132,7 +133,7 @@ class Learner:
             return False
         if not sequence.off_policy and (self.objective.beta > 0 or self.objective.entropy_coef > 0):
             return True
-        dead = sequence.advantage == 0 and self.objective.skips_zero_advantage
+        dead = sequence.advantage == 0 and self.policy_term.skips_zero_advantage
         return not dead or self.objective.reach == "batch"
 
     def pack(self, sequences: Sequence[ScoredSequence]) -> list[MicroBatch]:
