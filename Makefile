@@ -18,7 +18,7 @@ DEMO_STAMP := $(VENV)/.has-demo
 DEV_STAMP := $(VENV)/.has-dev
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format types bench
+.PHONY: help demo test lint format types docs bench
 
 help:
 	@echo "make demo    train SmolLM2-135M with GRPO and with RePO on this machine and compare them"
@@ -26,6 +26,7 @@ help:
 	@echo "make lint    ruff check and ruff format --check"
 	@echo "make format  let ruff mend what it can"
 	@echo "make types   mypy over the packages under their installed names"
+	@echo "make docs    the pages and pictures of docs/ that are made from source"
 	@echo "make bench   the benchmarks"
 	@echo "Each makes $(VENV) and installs into it first, where that is still to do."
 
@@ -70,6 +71,9 @@ types: $(DEV_STAMP)
 	@rm -rf build/types && mkdir -p build/types/repo_ops
 	@ln -s $(CURDIR)/repo_ops/* $(CURDIR)/kernels $(CURDIR)/trainer $(CURDIR)/benchmarks build/types/repo_ops/
 	cd build/types && $(abspath $(BIN))/mypy --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/.mypy_cache --package repo_ops
+
+docs: $(DEV_STAMP)
+	$(BIN)/python docs/generate
 
 # Let nothing else run meanwhile. Results and pictures are written to benchmarks/results.
 RESULTS := benchmarks/results
