@@ -205,17 +205,18 @@ def test_trl_entropy_bonus(trl, loss, quantile):
 def test_trl_weighs_a_token_without_sampler_probability_by_one(trl, mode):
     # here that token has no policy loss; for the others it is the same
     given = batch(0)
+    given.advantages[0], given.old_logps[0, 2] = 1.0, given.logps[0, 2]
+    given.sampler_logps[0] = given.old_logps[0] - 0.02
     given.sampler_logps[0, 2] = math.nan
     trainer, more = TERMS[mode]
-    trainer = {**trainer, "beta": 0.0}
-    want = ours(given, get_objective("grpo", **WIDTHS, **more | {"beta": 0.0}))
-    got = theirs(trl, given, **trainer)
+    objective = get_objective("grpo", **WIDTHS, **more)
+    got, mine = theirs(trl, given, **trainer), ours(given, objective)
     agreed = given.sampler_logps.clone()
     agreed[0, 2] = given.old_logps[0, 2]
-    same(got, ours(given, get_objective("grpo", **WIDTHS, **more | {"beta": 0.0}), sampler_logps=agreed))
-    assert want[1][0, 2] == 0
+    same(got, ours(given, objective, sampler_logps=agreed))
+    assert mine[1][0, 2] != got[1][0, 2]
     others = torch.arange(T)[None] != torch.where(torch.arange(B) == 0, 2, -1)[:, None]
-    same([want[1][others]], [got[1][others]])
+    same([mine[1][others]], [got[1][others]])
 
 
 @pytest.mark.parametrize("where", ["masked", "no advantage"])
@@ -283,11 +284,11 @@ def by_liger(liger, seed, dtype, *, ratio=None, **settings):
     return [loss.detach().double(), *(g.double() for g in torch.autograd.grad(loss, leaves))]
 
 
-def by_us(seed, dtype, objective, *, change=lambda given: {}, share=1.0):
+def by_us(seed, dtype, objective, *, mask=None, scale=1.0, share=1.0):
     given, *leaves, targets = head(seed, dtype)
     leaves = [x.requires_grad_() for x in leaves]
-    reads = {n: getattr(given, n) for n in ("mask", "advantages", "old_logps", "ref_logps", "sampler_logps")}
-    reads |= change(given)
+    reads = {n: getattr(given, n) for n in ("old_logps", "ref_logps", "sampler_logps")}
+    reads |= {"advantages": scale * given.advantages, "mask": given.mask if mask is None else mask}
     loss = share * linear_policy_loss(*leaves, targets, objective=objective, **reads).loss
     return [loss.detach().double(), *(g.double() for g in torch.autograd.grad(loss, leaves))]
 
@@ -343,20 +344,16 @@ def test_liger_luspo_pads(liger, level, beta):
     got = by_liger(liger, 0, F32, **liger_settings("luspo", level), beta=beta)
     mine = by_us(0, F32, make(name, hyper | {"beta": beta}))
     assert (mine[0] - got[0]).abs() > 1e-3
-    if level == "sequence":
-        return
-    lengths = torch.tensor(LENGTHS, dtype=F32)
-    everything = {"mask": torch.ones(B, T, dtype=torch.bool)}
-    want = by_us(
-        0, F32, get_objective("grpo", reduction="token-sum", **WIDTHS), share=1 / (B * T),
-        change=lambda given: everything | {"advantages": given.advantages * lengths},
-    )  # fmt: skip
-    if beta:
-        for row, length in enumerate(LENGTHS):  # the KL of a row, weighted by its length
-            alone = everything | {"mask": (torch.arange(B) == row)[:, None].expand(B, T)}
-            kl = get_objective("grpo", reduction="token-sum", beta=beta)
-            part = by_us(0, F32, kl, change=lambda g: alone | {"advantages": 0 * g.advantages}, share=length / (B * T))  # noqa: B023
-            want = [w + p for w, p in zip(want, part, strict=True)]
+    everywhere = torch.ones(B, T, dtype=torch.bool)
+    want = by_us(0, F32, make(name, hyper))  # at sequence level the KL alone is a matrix
+    if level == "token":
+        summed, lengths = get_objective("grpo", reduction="token-sum", **WIDTHS), torch.tensor(LENGTHS, dtype=F32)
+        want = by_us(0, F32, summed, mask=everywhere, scale=lengths, share=1 / (B * T))
+    for row, length in enumerate(LENGTHS if beta else []):
+        kl = get_objective("grpo", reduction="token-sum", beta=beta)
+        alone = everywhere & (torch.arange(B) == row)[:, None]
+        part = by_us(0, F32, kl, mask=alone, scale=0.0, share=length / (B * T))
+        want = [w + p for w, p in zip(want, part, strict=True)]
     close(got, want)
 
 
