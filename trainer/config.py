@@ -34,11 +34,12 @@ class TrainConfig:
     """Seeds data order, sampling and replay; the same seed gives the same metrics."""
 
     objective: str = "grpo"
-    """Policy objective: grpo, dr_grpo, dapo, bnpo_loss_type, cispo, gspo, or repo (replayed rows beside fresh ones)."""
+    """Policy objective, one of repo_ops.objective_names(): grpo, dapo, cispo, gspo, ..., or repo (for replay)."""
     objective_args: dict[str, Any] = field(default_factory=dict)
     """Hyper-parameters of the objective, e.g. --objective_args.eps_high 0.28."""
-    beta: float = 0.0
-    """Weight of the KL to the starting model (>= 0; usual 0 to 0.04); above 0 a frozen copy of the model is kept."""
+    beta: float | None = None
+    """Weight of the KL to the starting model (>= 0; usual 0 to 0.04); above 0 a frozen copy of the model is kept.
+    None: the objective's own, which is 0 for most."""
     advantage_estimator: str = "grpo"
     """How rewards of a group become advantages: grpo (mean and std), dr_grpo (mean only)..."""
     advantage_args: dict[str, Any] = field(default_factory=dict)

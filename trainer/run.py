@@ -58,7 +58,8 @@ def prepare(config: TrainConfig) -> Run:
     Raises:
         ValueError: a setting that the objective, the replay, the task, the reward or the model refuses.
     """
-    objective_args = {"beta": config.beta, **config.objective_args}
+    beta = {} if config.beta is None else {"beta": config.beta}
+    objective_args = {**beta, **config.objective_args}
     repo_ops.get_objective(config.objective, **{"max_length": 1, **objective_args})
     device = _device(config.device)
     two = torch.zeros(2)
