@@ -10,7 +10,10 @@ import dataclasses
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+
+from repo_ops.terms import across_ranks
 
 Count = int | float | Tensor
 
@@ -38,12 +41,22 @@ class NumItems:
     off_policy_tokens: Count = 0
 
     @classmethod
-    def of(cls, lengths: Tensor, off_policy: Tensor | None = None) -> NumItems:
-        """Counts of sequences with `lengths` [B] live tokens, `off_policy` [B] bool marking replayed ones."""
+    def of(
+        cls, lengths: Tensor, off_policy: Tensor | None = None, *, process_group: dist.ProcessGroup | None = None
+    ) -> NumItems:
+        """Counts of sequences with `lengths` [B] live tokens, `off_policy` [B] bool marking replayed ones.
+
+        With `process_group` they are summed over its ranks, each of which has to call.
+        """
         if off_policy is None:
-            return cls(len(lengths), lengths.sum())
-        on, off = torch.where(off_policy, 0, lengths), torch.where(off_policy, lengths, 0)
-        return cls((~off_policy).sum(), on.sum(), off_policy.sum(), off.sum())
+            counts: list[Count] = [len(lengths), lengths.sum()]
+        else:
+            on, off = torch.where(off_policy, 0, lengths), torch.where(off_policy, lengths, 0)
+            counts = [(~off_policy).sum(), on.sum(), off_policy.sum(), off.sum()]
+        if process_group is not None:
+            joined = torch.stack([torch.as_tensor(count, device=lengths.device) for count in counts])
+            counts = list(across_ranks.total(joined, process_group).unbind())
+        return cls(*counts)
 
     def __add__(self, other: NumItems) -> NumItems:
         return NumItems(

@@ -1,4 +1,4 @@
-"""Two gloo ranks against one process: FSDP2 wrappings and vocabulary shards."""
+"""Two gloo ranks against one process: FSDP2 wrappings, vocabulary shards, advantages and counts over ranks."""
 
 import os
 import subprocess
@@ -38,3 +38,9 @@ def test_vocabulary_shards_give_the_values_and_gradients_of_the_whole():
     assert len(lines) == 4  # two ranks, two heads
     for line in lines:
         assert float(line.split()[-1]) < 1e-5, line
+
+
+@pytest.mark.slow
+def test_advantages_and_counts_over_ranks_are_those_of_one_process():
+    lines = [line for line in launch("worker_advantages.py") if line.startswith("rank")]
+    assert sorted(lines) == ["rank0 equal", "rank1 equal"]

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from repo_ops.advantages.base import Estimator
@@ -14,6 +15,7 @@ from repo_ops.advantages.fused import on_kernel, runs_on_kernel
 from repo_ops.advantages.overlong import soft_overlong_penalty
 from repo_ops.advantages.rows import Rows, Sets, rows_of
 from repo_ops.arguments import check_shape, check_values
+from repo_ops.terms import across_ranks
 
 __all__ = [
     "Estimator",
@@ -34,6 +36,7 @@ def group_advantages(
     mode: Literal["split", "mixed"] = "split",
     estimator: str | Estimator | Callable[[Rows], Tensor] = "grpo",
     lengths: Tensor | None = None,
+    process_group: dist.ProcessGroup | None = None,
     **hyper: Any,
 ) -> Tensor:
     """Advantage of each sample among the samples of its prompt.
@@ -55,7 +58,10 @@ def group_advantages(
             included; "mixed": together. "mixed" needs off_policy, and an estimator for which it means something.
         estimator: a name of `estimator_names()`, an `Estimator`, or a function of `Rows` that returns [B].
         lengths: [B] integer, tokens of each completion. Needed by "opo" and the "reinforce_pp" pair.
-        hyper: the estimator's hyper-parameters; see its file.
+        process_group: ranks whose rows together are the step, for groups or batch statistics ("bnpo", "reinforce_pp",
+            scale="batch") that span them. Every rank calls, with `group_ids` that mean the same prompt on all; returns
+            this rank's rows. Waits for the device. None: this rank's rows are the step.
+        hyper: the estimator's hyper-parameters; see its file. One value per row among them has no place in a group.
     Returns:
         [B] float32, float64 for float64 rewards; no graph.
     Raises:
@@ -64,6 +70,8 @@ def group_advantages(
     """
     chosen = as_estimator(estimator, hyper)
     _check_rewards(rewards, chosen)
+    if process_group is not None:
+        return _over_ranks(process_group, rewards, group_ids, off_policy, lengths, hyper, mode=mode, estimator=chosen)
     _check_rows("group_ids", group_ids, rewards, "integer")
     if lengths is not None:
         _check_rows("lengths", lengths, rewards, "integer")
@@ -84,6 +92,39 @@ def group_advantages(
     parts = rewards.unbind(1) if rewards.dim() == 2 else (rewards,)
     advantages = [_advantages(chosen, rows_of(part, group_ids, apart, lengths)) for part in parts]
     return torch.stack(advantages).mean(0).to(dtype)
+
+
+def _over_ranks(
+    group: dist.ProcessGroup,
+    rewards: Tensor,
+    group_ids: Tensor,
+    off_policy: Tensor | None,
+    lengths: Tensor | None,
+    hyper: dict[str, Any],
+    **chosen: Any,
+) -> Tensor:
+    """This rank's part of the advantages of all ranks' rows."""
+    if per_row := [name for name, value in hyper.items() if isinstance(value, Tensor)]:
+        raise ValueError(f"{per_row[0]}: expected no tensor with process_group, got one; gather the rewards yourself")
+    dtype = rewards.dtype
+    exact = rewards.to(torch.float64)
+    columns = [exact] if rewards.dim() == 1 else [part.contiguous() for part in exact.unbind(1)]
+    every = [across_ranks.gathered(column, group) for column in columns]
+
+    def gathered(values: Tensor | None) -> Tensor | None:
+        return None if values is None else across_ranks.gathered(values.to(torch.int64), group)
+
+    replayed = gathered(off_policy)
+    found = group_advantages(
+        every[0] if rewards.dim() == 1 else torch.stack(every, 1),
+        across_ranks.gathered(group_ids.to(torch.int64), group),
+        off_policy=None if replayed is None else replayed.to(torch.bool),
+        lengths=gathered(lengths),
+        **chosen,
+    )
+    before = across_ranks.gathered(torch.tensor([len(rewards)], device=rewards.device), group)
+    start = int(before[: dist.get_rank(group)].sum())
+    return found[start : start + len(rewards)].to(torch.float64 if dtype == torch.float64 else torch.float32)
 
 
 def _advantages(estimator: Estimator | Callable[[Rows], Tensor], rows: Rows) -> Tensor:
