@@ -9,6 +9,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import repo_ops
+from repo_ops.objectives.base import Objective
+from repo_ops.terms.divergence import support_ids
 from repo_ops.trainer.learner import Learner, ScoredSequence, count_items
 
 EPS = 0.2
@@ -223,9 +225,13 @@ def test_autocast_computes_layers_in_bfloat16_and_keeps_float32_weights_and_grad
         assert (gradient - exact[1][name]).norm() < 0.1 * exact[1][name].norm(), name
 
 
+class Judged(Objective):
+    requires = ("a_judge",)
+
+
 def test_objectives_that_the_loop_cannot_serve_are_refused_and_the_others_are_served() -> None:
-    with pytest.raises(ValueError, match=r"objective: .* which also reads topk_behaviour_logps, topk_offsets"):
-        Learner(small_model(), repo_ops.get_objective("dppo_topk"))
+    with pytest.raises(ValueError, match=r"objective: .* which also reads a_judge"):
+        Learner(small_model(), Judged())
     spo = Learner(small_model(), repo_ops.get_objective("spo"))  # reads reference log-probs without a KL term
     assert spo.reference is not None
 
@@ -249,3 +255,49 @@ def test_a_sampler_that_drifts_from_the_learner_shows() -> None:
     metrics = learner.step(sequences, lr=0.0)
     assert metrics["sampler_gap_abs"] == pytest.approx(0.25, abs=1e-5)
     assert metrics["sampler_ratio"] == pytest.approx(math.exp(0.25), abs=1e-5)
+
+
+def with_top_logps(model, sequence: ScoredSequence, sampler_temperature: float) -> ScoredSequence:
+    """The sequence as an engine would report it that samples from `model` at this temperature, with K = 3."""
+    row = torch.tensor([sequence.prompt_ids + sequence.token_ids])
+    logits = model(input_ids=row).logits[0, len(sequence.prompt_ids) - 1 : -1].detach()
+    logps, targets = (logits / sampler_temperature).log_softmax(-1), torch.tensor(sequence.token_ids)
+    ids = support_ids(logps.topk(3).indices, targets)
+    return replace(
+        sequence,
+        logps=tuple(logps.gather(-1, targets[:, None])[:, 0].tolist()),
+        top_ids=tuple(map(tuple, ids.tolist())),
+        top_logps=tuple(map(tuple, logps.gather(-1, ids).tolist())),
+    )
+
+
+def test_dppo_topk_masks_where_the_sampler_was_another_policy() -> None:
+    model = small_model()
+    fresh = [s for s in batch() if s.token_ids and not s.off_policy and s.advantage]
+    objective = repo_ops.get_objective("dppo_topk", behaviour="sampler_logps", delta_low=1e-3, delta_high=1e-3)
+    learner = Learner(model, objective, temperature=0.8, max_tokens=6)  # several micro-batches
+    same = learner.step([with_top_logps(model, s, 0.8) for s in fresh], lr=0.0)
+    assert same["divergence"] == pytest.approx(0, abs=1e-6)
+    assert same["mask_low"] == same["mask_high"] == 0
+    assert same["grad_norm"] > 0
+
+    sequences = [with_top_logps(model, s, 0.4) for s in fresh]
+    other = learner.step(sequences, lr=0.0)
+    divergences, masked = [], 0
+    for s in sequences:
+        row = torch.tensor([s.prompt_ids + s.token_ids])
+        current = (model(input_ids=row).logits[0, len(s.prompt_ids) - 1 : -1].detach() / 0.8).softmax(-1)
+        for p, ids, then, sampled, logp in zip(current, s.top_ids, s.top_logps, s.token_ids, s.logps, strict=True):
+            q = torch.tensor(then).exp()
+            far = float((p[list(ids)] - q).abs().sum() + (p[list(ids)].sum() - q.sum()).abs()) / 2
+            divergences.append(far)
+            masked += far > 1e-3 and (math.log(p[sampled]) - logp) * s.advantage > 0
+    assert masked > 0
+    assert other["divergence"] == pytest.approx(sum(divergences) / len(divergences), abs=1e-5)
+    assert other["mask_low"] + other["mask_high"] == pytest.approx(masked / len(divergences), abs=1e-6)
+
+
+def test_dppo_topk_needs_what_the_sampler_reports() -> None:
+    learner = Learner(small_model(), repo_ops.get_objective("dppo_topk"))
+    with pytest.raises(ValueError, match="top_ids, top_logps: expected one row for each of the 2 tokens, got 0 and 0"):
+        learner.step([ScoredSequence((1,), (2, 3), 1.0)], lr=1e-3)

@@ -291,3 +291,16 @@ def test_demo_trains_both_from_the_same_start_and_shows_them(tmp_path: Path, cap
     assert grpo[1]["reward/mean"] == repo[1]["reward/mean"]
     assert "replay/size" in repo[2]
     assert "replay/size" not in grpo[2]
+
+
+@pytest.mark.parametrize(("settings", "name"), [({"replay": "recency"}, "replay"), ({"top_k": 5}, "top_k, top_p")])
+def test_dppo_topk_refuses_what_its_divergence_has_no_numbers_for(tmp_path: Path, settings, name) -> None:
+    with pytest.raises(ValueError, match=f"^{name}: expected .* with dppo_topk"):
+        prepared(tmp_path, objective="dppo_topk", **settings)
+
+
+def test_dppo_topk_trains_on_the_likeliest_tokens_that_were_asked_for(tmp_path: Path, watched: Watched) -> None:
+    train(prepared(tmp_path, objective="dppo_topk", divergence_top_k=3, steps=1))
+    assert {len(ids) for s in watched.learned[0] for ids in s.top_ids} == {3}
+    # sampler and learner compute the same float32 model
+    assert read_metrics(tmp_path)[1]["divergence"] == pytest.approx(0, abs=1e-4)

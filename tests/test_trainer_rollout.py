@@ -192,6 +192,29 @@ def test_truncated_sampling_reports_the_truncated_distribution(tiny, top_k, top_
                 assert completion.logps[place] == pytest.approx(expected, abs=1e-4)
 
 
+@pytest.mark.parametrize("max_batch_size", [5, 128])
+def test_top_logps_are_the_best_of_a_forward_over_the_whole_text(tiny, max_batch_size):
+    model, tokenizer = tiny
+    settings = {**SETTINGS, "temperature": 2.0}  # flat enough that some sampled tokens are not among the best
+    plain, groups = (
+        HFGenerate(model, tokenizer, max_batch_size=max_batch_size).generate(PROMPTS, **settings, top_logps=n)
+        for n in (0, 4)
+    )
+    assert tokens(groups) == tokens(plain)
+    assert all(c.top_ids == c.top_logps == () for group in plain for c in group)
+    absent = 0
+    for prompt, group in zip(encode_prompts(tokenizer, PROMPTS), groups):
+        for c in group:
+            assert len(c.top_ids) == len(c.top_logps) == len(c.token_ids)
+            logps = true_logps(model, prompt, c, 2.0)
+            for token, ids, found, expected in zip(c.token_ids, c.top_ids, c.top_logps, logps):
+                best = expected.topk(4).indices.tolist()
+                assert list(ids) == (best if token in best else [*best[:3], token])
+                assert found == pytest.approx(expected[list(ids)].tolist(), abs=1e-4)
+                absent += token not in best
+    assert 0 < absent < sum(len(c.token_ids) for group in groups for c in group)
+
+
 def kept_by_hand(probabilities: list[float], top_k: int, top_p: float) -> dict[int, float]:
     ranked = sorted(enumerate(probabilities), key=lambda pair: -pair[1])[: top_k or None]
     total = sum(p for _, p in ranked)
@@ -294,6 +317,8 @@ def test_a_prompt_of_one_token(tiny):
         ({"top_k": -1}, "top_k"),
         ({"top_p": 0.0}, "top_p"),
         ({"top_p": 1.1}, "top_p"),
+        ({"top_logps": -1}, "top_logps"),
+        ({"top_logps": 10**6}, "top_logps"),
     ],
 )
 def test_bad_settings_are_named(tiny, change, name):

@@ -46,6 +46,8 @@ class TrainConfig:
     """Hyper-parameters of that estimator."""
     advantage_mode: Literal["split", "mixed"] = "split"
     """Replayed rows have a mean and std of their own (split), or share the group's (mixed)."""
+    divergence_top_k: int = 20
+    """Likeliest tokens that the sampler reports at each place, where the objective reads them (dppo_topk); >= 1."""
 
     replay: str | None = None
     """Replay strategy: full_scope, random, recency, reward, variance (none: nothing is stored or replayed)."""
@@ -157,7 +159,7 @@ _AT_LEAST = {
     ("beta", "lr", "weight_decay"): 0,
     ("heldout_size", "eval_steps", "top_k", "warmup"): 0,
     ("replay_num", "replay_capacity", "replay_min_size", "steps", "prompts_per_step", "train_size"): 1,
-    ("heldout_samples", "log_steps", "max_new_tokens", "micro_batch_tokens", "threads"): 1,
+    ("divergence_top_k", "heldout_samples", "log_steps", "max_new_tokens", "micro_batch_tokens", "threads"): 1,
     ("group_size",): 2,
 }
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 import repo_ops
+from repo_ops.logit_offsets import logit_offsets
 from repo_ops.metrics import Metrics, merge, summarize
 from repo_ops.objectives.base import Objective
 from repo_ops.reduce import NumItems
@@ -25,7 +26,10 @@ from repo_ops.trainer.rows import MicroBatch, pack_rows
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["Learner", "ScoredSequence"]
+__all__ = ["Learner", "ScoredSequence", "reads_top_logps"]
+
+TOP_LOGPS = frozenset({"topk_behaviour_logps", "topk_offsets"})
+"""Extras that are made from the sampler's likeliest tokens."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,15 @@ class ScoredSequence:
     """Log-probability of each completion token when it was sampled; replayed sequences must have them."""
     group: int = 0
     """Which prompt of the step it belongs to; for metrics."""
+    top_ids: tuple[tuple[int, ...], ...] = ()
+    """The sampler's K likeliest tokens at each token (Completion.top_ids); for objectives that read them."""
+    top_logps: tuple[tuple[float, ...], ...] = ()
+    """Their log-probabilities when the token was sampled."""
+
+
+def reads_top_logps(objective: Objective) -> bool:
+    """Whether the sampler must report its likeliest tokens (`top_logps` of `generate`) for this objective."""
+    return not TOP_LOGPS.isdisjoint(objective.reads)
 
 
 class Learner:
@@ -57,7 +70,8 @@ class Learner:
         max_tokens: padded tokens of one forward and backward.
         autocast: dtype of the layers below the head (None: the weights' own).
     Raises:
-        ValueError: the model's packed rows would not be exact (see Backbone).
+        ValueError: the model's packed rows would not be exact (see Backbone), the objective reads what no sequence
+            holds, or it reads likely tokens of a head with a LoRA adapter.
     """
 
     def __init__(
@@ -73,12 +87,14 @@ class Learner:
         weight_decay: float = 0.0,
         max_grad_norm: float = 1.0,
     ) -> None:
-        if missing := sorted(objective.reads - {"ref_logps", "sampler_logps", "entropy"}):
+        if missing := sorted(objective.reads - {"ref_logps", "sampler_logps", "entropy"} - TOP_LOGPS):
             raise ValueError(
                 "objective: expected one that reads log-probabilities and entropy, got one which also reads "
                 f"{', '.join(missing)}; call repo_ops.linear_policy_loss from a loop of your own"
             )
         self.backbone = Backbone(model, autocast=autocast)
+        if reads_top_logps(objective) and self.backbone.head.lora is not None:
+            raise ValueError("objective: reads likely tokens, expected a head without LoRA adapter; adapt other layers")
         self.reference: Backbone | None = None
         if "ref_logps" in objective.reads:
             self.reference = Backbone(copy.deepcopy(model).requires_grad_(False), autocast=autocast)
@@ -169,17 +185,18 @@ class Learner:
             if not members:
                 continue
             tokens, cu_seqlens = _select(batch.cu_seqlens, members)
-            chosen = [sequences[i] for i in members]
+            chosen, predicting = [sequences[i] for i in members], hidden[tokens]
             result = repo_ops.linear_policy_loss(
-                hidden[tokens],
+                predicting,
                 targets=batch.targets[tokens],
                 advantages=torch.tensor([sequence.advantage for sequence in chosen], device=hidden.device),
                 objective=self.objective,
                 ref_logps=None if ref_logps is None else ref_logps[tokens],
                 sampler_logps=self._sampler_logps(chosen, replayed),
+                extras=self._extras(chosen, predicting, batch.targets[tokens]),
                 cu_seqlens=cu_seqlens,
                 temperature=self.temperature,
-                **self.backbone.head.arguments(hidden[tokens]),
+                **self.backbone.head.arguments(predicting),
                 **(self._replayed(chosen, num_items) if replayed else {"num_items": self._on_policy(num_items)}),
             )
             result.loss.backward()
@@ -217,6 +234,31 @@ class Learner:
             return None
         logps = [logp for sequence in sequences for logp in sequence.logps]
         return torch.tensor(logps, device=self.parameters[0].device)
+
+    def _extras(self, sequences: list[ScoredSequence], hidden: Tensor, targets: Tensor) -> dict[str, Tensor] | None:
+        """At the sampler's likeliest tokens, [N, K]: its own log-probabilities, and offsets of the policy's."""
+        if not reads_top_logps(self.objective):
+            return None
+        for sequence in sequences:
+            if not len(sequence.top_ids) == len(sequence.top_logps) == len(sequence.token_ids):
+                raise ValueError(
+                    f"top_ids, top_logps: expected one row for each of the {len(sequence.token_ids)} tokens, got "
+                    f"{len(sequence.top_ids)} and {len(sequence.top_logps)}; generate with top_logps=K"
+                )
+        device, head = hidden.device, self.backbone.head
+        ids = torch.tensor([row for sequence in sequences for row in sequence.top_ids], device=device)
+        behaviour = torch.tensor([row for sequence in sequences for row in sequence.top_logps], device=device)
+        offsets = logit_offsets(
+            hidden,
+            head.weight,
+            targets,
+            ids,
+            bias=head.bias,
+            temperature=self.temperature,
+            softcap=head.softcap,
+            logit_scale=head.logit_scale,
+        )
+        return {"topk_behaviour_logps": behaviour, "topk_offsets": offsets}
 
     @torch.no_grad()
     def _ref_logps(self, batch: MicroBatch) -> Tensor | None:

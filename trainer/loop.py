@@ -15,7 +15,7 @@ import repo_ops
 from repo_ops.replay import ReplayBuffer, Sample
 from repo_ops.trainer.config import TrainConfig, learning_rate, save_config
 from repo_ops.trainer.evaluate import evaluate
-from repo_ops.trainer.learner import ScoredSequence
+from repo_ops.trainer.learner import ScoredSequence, reads_top_logps
 from repo_ops.trainer.log import RunLog, read_metrics, summarize_run
 from repo_ops.trainer.memory import peak_memory_mb, reset_peak_memory
 from repo_ops.trainer.report import draw_report
@@ -73,6 +73,7 @@ def train(run: Run, *, name: str = "train", console: Console | None = None) -> d
                 temperature=config.temperature,
                 top_k=config.top_k,
                 top_p=config.top_p,
+                top_logps=config.divergence_top_k if reads_top_logps(run.learner.objective) else 0,
                 seed=seed_of(config, step),
             )
             time_generate = time.perf_counter() - started
@@ -163,9 +164,14 @@ def with_advantages(config: TrainConfig, groups: Sequence[Group]) -> list[Scored
         **config.advantages,
     )
     return [
-        ScoredSequence(prompt_ids, completion.token_ids, advantage, replayed, completion.logps, group=i)
+        ScoredSequence(prompt_ids, completion.token_ids, advantage, replayed, completion.logps, i, *_top(completion))
         for (i, prompt_ids, completion, _, replayed), advantage in zip(rows, advantages.tolist(), strict=True)
     ]
+
+
+def _top(completion: Completion | Sample) -> tuple[tuple[tuple[int, ...], ...], tuple[tuple[float, ...], ...]]:
+    """The likeliest tokens at each place with their log-probabilities; a stored sample has none."""
+    return ((), ()) if isinstance(completion, Sample) else (completion.top_ids, completion.top_logps)
 
 
 def group_metrics(groups: Sequence[Group], sequences: Sequence[ScoredSequence]) -> dict[str, float]:

@@ -10,9 +10,10 @@ import torch
 import transformers
 
 import repo_ops
+from repo_ops.objectives.base import Objective
 from repo_ops.replay import ReplayBuffer
 from repo_ops.trainer.config import TrainConfig
-from repo_ops.trainer.learner import Learner
+from repo_ops.trainer.learner import Learner, reads_top_logps
 from repo_ops.trainer.models import load_model
 from repo_ops.trainer.rewards import RewardFunction, load_reward
 from repo_ops.trainer.rollout import RolloutEngine
@@ -60,7 +61,7 @@ def prepare(config: TrainConfig) -> Run:
     """
     beta = {} if config.beta is None else {"beta": config.beta}
     objective_args = {**beta, **config.objective_args}
-    repo_ops.get_objective(config.objective, **{"max_length": 1, **objective_args})
+    _check_top_logps(config, repo_ops.get_objective(config.objective, **{"max_length": 1, **objective_args}))
     device = _device(config.device)
     two = torch.zeros(2)
     repo_ops.group_advantages(two, two.long(), off_policy=two.bool(), lengths=two.long(), **config.advantages)
@@ -97,6 +98,21 @@ def prepare(config: TrainConfig) -> Run:
     folder = Path(config.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     return Run(config, folder, task, reward, max_new_tokens, model, tokenizer, engine, learner, buffer)
+
+
+def _check_top_logps(config: TrainConfig, objective: Objective) -> None:
+    if not reads_top_logps(objective):
+        return
+    if config.replay is not None:
+        raise ValueError(
+            f"replay: expected none with {config.objective}, got {config.replay!r}; the buffer does not keep the "
+            "sampler's likeliest tokens, which this objective reads"
+        )
+    if config.top_k != 0 or config.top_p != 1:
+        raise ValueError(
+            f"top_k, top_p: expected 0 and 1 with {config.objective}, got {config.top_k} and {config.top_p}; the "
+            "divergence would measure what the sampler cut off"
+        )
 
 
 def _device(name: str | None) -> torch.device:

@@ -23,6 +23,11 @@ class Completion:
     """Decoded tokens up to, and without, the terminator."""
     finished: bool
     """Whether a terminator was produced; False where `max_new_tokens` cut the completion."""
+    top_ids: tuple[tuple[int, ...], ...] = ()
+    """At each token the K most probable ones, best first; the sampled one is in the last place where it is absent.
+    Empty unless they were asked for."""
+    top_logps: tuple[tuple[float, ...], ...] = ()
+    """Their log-probabilities under the distribution that was drawn from."""
 
 
 class RolloutEngine(Protocol):
@@ -38,9 +43,13 @@ class RolloutEngine(Protocol):
         top_k: int = 0,
         top_p: float = 1.0,
         greedy: bool = False,
+        top_logps: int = 0,
         seed: int,
     ) -> list[list[Completion]]:
-        """`num_samples` completions of each prompt, in the order of the prompts. The same seed gives the same ones."""
+        """`num_samples` completions of each prompt, in the order of the prompts. The same seed gives the same ones.
+
+        With top_logps = K > 0 each completion also reports `top_ids` and `top_logps`.
+        """
         ...
 
     def sync(self, version: int) -> None:

@@ -70,6 +70,7 @@ class HFGenerate:
         top_k: int = 0,
         top_p: float = 1.0,
         greedy: bool = False,
+        top_logps: int = 0,
         seed: int,
     ) -> list[list[Completion]]:
         """`num_samples` completions of each prompt, in the order of the prompts.
@@ -83,17 +84,22 @@ class HFGenerate:
             top_p: keep the fewest most probable tokens whose probabilities reach p; 1.0 keeps all. With top_k or top_p
                 the log-probabilities are those of the truncated, renormalised distribution.
             greedy: take the most probable token; its log-probability is still that of the softmax at `temperature`.
+            top_logps: K most probable tokens to report at each place, with their log-probabilities; 0 reports none.
+                With top_k or top_p those that could not be drawn have -inf.
         Raises:
             ValueError: an argument out of range, or a prompt without tokens.
         """
         check_sampling(num_samples, max_new_tokens, temperature, top_k, top_p)
+        num_tokens = self.model.config.get_text_config().vocab_size
+        if not 0 <= top_logps <= num_tokens:
+            raise ValueError(f"top_logps: expected from 0 to the vocabulary's {num_tokens}, got {top_logps}")
         encoded = encode_prompts(self.tokenizer, prompts)
         owners = [i for i in range(len(prompts)) for _ in range(num_samples)]
         uniforms = torch.rand(
             len(owners), max_new_tokens, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)
         )
         order = sorted(range(len(owners)), key=lambda row: len(encoded[owners[row]]))
-        sampler = Sampler(temperature=temperature, top_k=top_k, top_p=top_p, greedy=greedy)
+        sampler = Sampler(temperature=temperature, top_k=top_k, top_p=top_p, greedy=greedy, num_top=top_logps)
         completions: dict[int, Completion] = {}
         with _sampling_mode(self.model, self.autocast_dtype):
             for start in range(0, len(order), self.max_batch_size):
@@ -168,13 +174,16 @@ class HFGenerate:
     def _completions(self, sampler: Sampler) -> list[Completion]:
         stops = self._is_stop(sampler.token_ids).tolist()
         out = []
-        for tokens, logps, is_stop in zip(sampler.token_ids.tolist(), sampler.logps.tolist(), stops):
+        top = zip(sampler.top_ids.tolist(), sampler.top_logps.tolist())
+        drawn = zip(sampler.token_ids.tolist(), sampler.logps.tolist(), stops)
+        for (tokens, logps, is_stop), top_of_row in zip(drawn, top):
             finished = True in is_stop
             length = is_stop.index(True) + 1 if finished else len(tokens)
             text = self.tokenizer.decode(tokens[:length], skip_special_tokens=True)
             for character in self.stop:
                 text = text.split(character, 1)[0]
-            out.append(Completion(tuple(tokens[:length]), tuple(logps[:length]), text, finished))
+            top_ids, top_logps = (tuple(map(tuple, x[:length])) if sampler.num_top else () for x in top_of_row)
+            out.append(Completion(tuple(tokens[:length]), tuple(logps[:length]), text, finished, top_ids, top_logps))
         return out
 
 

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor, StoppingCriteria
 
+from repo_ops.terms.divergence import support_ids
+
 
 def check_sampling(num_samples: int, max_new_tokens: int, temperature: float, top_k: int, top_p: float) -> None:
     """Raises ValueError where a sampling setting is out of range."""
@@ -31,17 +33,22 @@ class Sampler(LogitsProcessor):
     the log-probability is at hand at once, and nothing of size [B, V] outlives the step.
     """
 
-    def __init__(self, *, temperature: float, top_k: int = 0, top_p: float = 1.0, greedy: bool = False) -> None:
+    def __init__(
+        self, *, temperature: float, top_k: int = 0, top_p: float = 1.0, greedy: bool = False, num_top: int = 0
+    ) -> None:
         self.temperature = temperature
         self.top_k = top_k
         self.top_p = top_p
         self.greedy = greedy
+        self.num_top = num_top
 
     def begin(self, uniforms: Tensor) -> None:
         """Starts a batch. uniforms: [B, steps] float64 in [0, 1)."""
         self.uniforms = uniforms
         self.token_ids = torch.zeros(uniforms.shape, dtype=torch.long, device=uniforms.device)
         self.logps = torch.zeros(uniforms.shape, dtype=torch.float32, device=uniforms.device)
+        self.top_ids = self.token_ids.new_zeros(*uniforms.shape, self.num_top)
+        self.top_logps = self.logps.new_zeros(*uniforms.shape, self.num_top)
         self.rows = torch.arange(len(uniforms), device=uniforms.device)
         self.prompt_width = 0
 
@@ -62,6 +69,10 @@ class Sampler(LogitsProcessor):
             chosen = inverse_cdf(logps, self.uniforms[self.rows, step])
         self.token_ids[self.rows, step] = chosen
         self.logps[self.rows, step] = logps.gather(1, chosen[:, None]).squeeze(1)
+        if self.num_top:
+            top = support_ids(logps.topk(self.num_top).indices, chosen)
+            self.top_ids[self.rows, step] = top
+            self.top_logps[self.rows, step] = logps.gather(1, top)
         return chosen
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
