@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal, NamedTuple
@@ -208,7 +209,7 @@ def check_positive(objective: Objective, *fields: str, zero: bool = False) -> No
     """Refuse a setting that is not a finite number > 0 (>= 0 where `zero`)."""
     for field in fields:
         expected = f"a finite number {'>=' if zero else '>'} 0"
-        check_number(field, getattr(objective, field), expected, **({"low": 0} if zero else {"above": 0}))
+        check_number(field, getattr(objective, field), expected, low=0, above=-math.inf if zero else 0)
 
 
 def check_width(name: str, value: float | None, *, low: bool = False) -> None:
