@@ -4,15 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from repo_ops.cost import MODELS as HEADS
+
 __all__ = ["MODELS", "Shape", "quick_shape", "shape_named"]
 
-MODELS = {
-    "SmolLM2-135M": (576, 49152),
-    "Qwen3-0.6B": (1024, 151936),
-    "Qwen2.5-1.5B": (1536, 151936),
-    "Qwen3-8B": (4096, 151936),
-    "Llama-3-8B": (4096, 128256),
-}
+MODELS = {name: HEADS[name] for name in ("SmolLM2-135M", "Qwen3-0.6B", "Qwen2.5-1.5B", "Qwen3-8B", "Llama-3-8B")}
 """(D, V) of the head of each model."""
 
 GPU_ROWS = 8192
