@@ -10,9 +10,10 @@ import torch
 
 from repo_ops.cli import main
 from repo_ops.trainer.config import TrainConfig
+from repo_ops.trainer.data import PromptStream
 from repo_ops.trainer.learner import Learner, ScoredSequence
 from repo_ops.trainer.log import read_metrics
-from repo_ops.trainer.loop import examples_of_step, train
+from repo_ops.trainer.loop import train
 from repo_ops.trainer.models import load_model
 from repo_ops.trainer.rollout import Completion, encode_prompts
 from repo_ops.trainer.rollout.hf import HFGenerate
@@ -252,17 +253,34 @@ def test_a_step_that_is_not_finite_is_said_and_survived(tmp_path: Path, monkeypa
 def test_every_prompt_comes_round_before_any_comes_again() -> None:
     pool = [Example(str(i), f"{i}=", {}) for i in range(6)]
 
-    def keys(steps: range, **settings: object) -> list[str]:
-        config = TrainConfig(**{"prompts_per_step": 3, "train_size": 6, "seed": 3, **settings})  # type: ignore[arg-type]
-        return [example.key for step in steps for example in examples_of_step(config, pool, step)]
+    def keys(batch: int = 3, seed: int = 3) -> list[str]:
+        prompts = PromptStream(pool, batch=batch, seed=seed)
+        return [example.key for _ in range(8) for example in prompts.take()]
 
-    stream = keys(range(1, 9))
+    stream = keys()
     assert [sorted(stream[i : i + 6]) for i in range(0, 24, 6)] == [list("012345")] * 4
     assert stream[:6] != stream[6:12]
-    assert stream == keys(range(1, 9), objective="repo", replay="recency")
-    assert stream != keys(range(1, 9), seed=4)
-    for step in range(1, 9):  # 4 does not divide 6: no prompt twice in a step, the rest waits for another round
-        assert len(set(keys(range(step, step + 1), prompts_per_step=4))) == 4
+    assert stream == keys()
+    assert stream != keys(seed=4)
+    wide = keys(batch=4)
+    for step in range(8):  # 4 does not divide 6: no prompt twice in a step, the rest waits for another round
+        assert len(set(wide[4 * step : 4 * step + 4])) == 4
+
+
+def test_the_position_among_the_prompts_is_one_number() -> None:
+    pool = [Example(str(i), f"{i}=", {}) for i in range(7)]
+    whole, resumed = (PromptStream(pool, batch=2, seed=0) for _ in range(2))
+    for _ in range(5):
+        whole.take()
+    resumed.load_state_dict(json.loads(json.dumps(whole.state_dict())))
+    assert [resumed.take() for _ in range(4)] == [whole.take() for _ in range(4)]
+    for other, name in (
+        (PromptStream(pool[:6], batch=2, seed=0), "the training prompts: expected 7 as in the checkpoint, got 6"),
+        (PromptStream(pool, batch=3, seed=0), "prompts_per_step: expected 2"),
+        (PromptStream(pool, batch=2, seed=1), "seed: expected 0"),
+    ):
+        with pytest.raises(ValueError, match=f"^{name}"):
+            other.load_state_dict(whole.state_dict())
 
 
 def test_demo_trains_both_from_the_same_start_and_shows_them(tmp_path: Path, capsys) -> None:

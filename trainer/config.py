@@ -72,6 +72,11 @@ class TrainConfig:
     """Prompts that are never trained on (0: no evaluation)."""
     heldout_samples: int = 8
     """Sampled completions for each held-out prompt; one greedy completion comes on top."""
+    dynamic_sampling_max_rounds: int = 1
+    """Batches of prompts that a step may generate until prompts_per_step groups have different rewards, as in DAPO;
+    further groups are left out, dead ones fill up what is missing (1: no dynamic sampling)."""
+    drop_dead_groups: bool = False
+    """Groups whose rewards are all alike do not count in what the loss divides by (nor in its KL and entropy terms)."""
     eval_steps: int = 0
     """Evaluate every so many steps besides before and after (0: only before and after)."""
     log_steps: int = 1
@@ -159,6 +164,7 @@ _AT_LEAST = {
     ("beta", "lr", "weight_decay"): 0,
     ("heldout_size", "eval_steps", "top_k", "warmup"): 0,
     ("replay_num", "replay_capacity", "replay_min_size", "steps", "prompts_per_step", "train_size"): 1,
+    ("dynamic_sampling_max_rounds",): 1,
     ("divergence_top_k", "heldout_samples", "log_steps", "max_new_tokens", "micro_batch_tokens", "threads"): 1,
     ("group_size",): 2,
 }

@@ -13,6 +13,7 @@ import repo_ops
 from repo_ops.objectives.base import Objective
 from repo_ops.replay import ReplayBuffer
 from repo_ops.trainer.config import TrainConfig
+from repo_ops.trainer.data import PromptStream
 from repo_ops.trainer.learner import Learner, reads_top_logps
 from repo_ops.trainer.models import load_model
 from repo_ops.trainer.rewards import RewardFunction, load_reward
@@ -40,6 +41,7 @@ class Run:
     engine: RolloutEngine
     learner: Learner
     buffer: ReplayBuffer | None
+    prompts: PromptStream
 
     def describe(self) -> str:
         """One line about what is trained, dtypes included: bfloat16 weights are a common silent mistake."""
@@ -72,6 +74,7 @@ def prepare(config: TrainConfig) -> Run:
         )
     sizes = {"train_size": config.train_size, "heldout_size": config.heldout_size}
     task = load_task(config.task, **sizes, seed=config.seed, **config.task_args)
+    prompts = PromptStream(task.train, batch=config.prompts_per_step, seed=config.seed)
     reward = task.reward if config.reward is None else load_reward(config.reward)
     max_new_tokens = config.max_new_tokens or task.max_new_tokens
 
@@ -97,7 +100,7 @@ def prepare(config: TrainConfig) -> Run:
     engine = HFGenerate(model, tokenizer, stop=task.stop, autocast_dtype=autocast)
     folder = Path(config.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    return Run(config, folder, task, reward, max_new_tokens, model, tokenizer, engine, learner, buffer)
+    return Run(config, folder, task, reward, max_new_tokens, model, tokenizer, engine, learner, buffer, prompts)
 
 
 def _check_top_logps(config: TrainConfig, objective: Objective) -> None:

@@ -1,0 +1,188 @@
+"""The groups of a step: prompts, their completions and rewards, what is replayed with them, and their advantages."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from statistics import fmean, pstdev
+
+import torch
+
+import repo_ops
+from repo_ops.replay import ReplayBuffer, Sample
+from repo_ops.trainer.config import TrainConfig
+from repo_ops.trainer.learner import ScoredSequence, reads_top_logps
+from repo_ops.trainer.rewards import score
+from repo_ops.trainer.rollout import Completion, encode_prompts
+from repo_ops.trainer.run import Run
+from repo_ops.trainer.tasks import Example
+
+__all__ = ["Collected", "Group", "collect", "draw_and_push", "group_metrics", "seed_of", "with_advantages"]
+
+
+@dataclass
+class Group:
+    """A prompt of the step with its fresh completions, their rewards, and the replayed samples of that prompt."""
+
+    example: Example
+    prompt_ids: tuple[int, ...]
+    completions: list[Completion]
+    rewards: list[float]
+    replayed: list[Sample] = field(default_factory=list)
+
+    @property
+    def varied(self) -> bool:
+        """Whether the fresh completions earned different rewards, so that there is something to learn from them."""
+        return len(set(self.rewards)) > 1
+
+    def rows(self) -> Iterator[tuple[Completion | Sample, float, bool]]:
+        """(completion, reward, whether it is replayed), fresh ones first."""
+        for completion, reward in zip(self.completions, self.rewards, strict=True):
+            yield completion, reward, False
+        for sample in self.replayed:
+            yield sample, sample.reward, True
+
+
+@dataclass
+class Collected:
+    """What was generated for a step."""
+
+    groups: list[Group]
+    """Those of the step: prompts_per_step of them."""
+    generated: list[Group]
+    """All of them, also those that dynamic sampling left out."""
+    rounds: int
+    """Times that a batch of prompts was taken."""
+    seconds: float
+    """Spent in the engine."""
+
+    @property
+    def tokens(self) -> int:
+        """Generated tokens that a reward was given for."""
+        return sum(len(completion.token_ids) for group in self.generated for completion in group.completions)
+
+
+def collect(run: Run, step: int) -> Collected:
+    """The groups of a step, freshly generated and scored.
+
+    With dynamic sampling (dynamic_sampling_max_rounds > 1) batches of prompts are taken until prompts_per_step groups
+    have different rewards, or the rounds are used up; dead groups then fill the places that are left.
+    Source: arXiv:2503.14476, section 3.2.
+    """
+    config, wanted = run.config, run.config.prompts_per_step
+    generated: list[Group] = []
+    seconds = 0.0
+    rounds = 0
+    while rounds == 0 or (rounds < config.dynamic_sampling_max_rounds and sum(g.varied for g in generated) < wanted):
+        examples = run.prompts.take()
+        started = time.perf_counter()
+        completions = run.engine.generate(
+            [example.prompt for example in examples],
+            num_samples=config.group_size,
+            max_new_tokens=run.max_new_tokens,
+            temperature=config.temperature,
+            top_k=config.top_k,
+            top_p=config.top_p,
+            top_logps=config.divergence_top_k if reads_top_logps(run.learner.objective) else 0,
+            seed=seed_of(config, step, rounds),
+        )
+        seconds += time.perf_counter() - started
+        generated += scored_groups(run, examples, completions)
+        rounds += 1
+    varied_first = sorted(range(len(generated)), key=lambda i: not generated[i].varied)
+    groups = [generated[i] for i in sorted(varied_first[:wanted])]
+    return Collected(groups, generated, rounds, seconds)
+
+
+def seed_of(config: TrainConfig, step: int, round_: int = 0) -> int:
+    """Seed of the completions of a step. Step 0 is every evaluation's: the same random numbers before and after."""
+    return config.seed * 1_000_003 + step + round_ * 2**40
+
+
+def scored_groups(run: Run, examples: Sequence[Example], generated: Sequence[Sequence[Completion]]) -> list[Group]:
+    """The completions of each prompt that the reward functions gave a number."""
+    flat = [(example, completion) for example, group in zip(examples, generated) for completion in group]
+    columns = {name: [example.columns[name] for example, _ in flat] for name in examples[0].columns}
+    texts = [completion.text for _, completion in flat]
+    scores = score({"reward": (run.reward, 1.0)}, [example.prompt for example, _ in flat], texts, columns)
+    totals = iter(scores.totals)
+    groups = []
+    prompts = encode_prompts(run.tokenizer, [example.prompt for example in examples])
+    for example, prompt_ids, completions in zip(examples, prompts, generated, strict=True):
+        kept = [(c, total) for c in completions if (total := next(totals)) is not None]
+        groups.append(Group(example, tuple(prompt_ids), [c for c, _ in kept], [total for _, total in kept]))
+    return groups
+
+
+def draw_and_push(buffer: ReplayBuffer | None, groups: Sequence[Group], *, version: int, temperature: float) -> None:
+    """Draw earlier samples of every prompt of the step, and only then store the new ones."""
+    if buffer is None:
+        return
+    for group in groups:
+        group.replayed = buffer.draw(group.example.prompt, version=version)
+    for group in groups:
+        samples = [
+            Sample(c.token_ids, c.logps, reward, {}, version, temperature, c.finished, c.text)
+            for c, reward in zip(group.completions, group.rewards, strict=True)
+            if c.token_ids  # an empty completion has no token to learn from
+        ]
+        buffer.push(group.example.prompt, samples)
+
+
+def with_advantages(config: TrainConfig, groups: Sequence[Group]) -> list[ScoredSequence]:
+    """Every fresh and replayed completion of the step with its advantage over its group."""
+    rows = [(i, group.prompt_ids, *row) for i, group in enumerate(groups) for row in group.rows()]
+    if not rows:
+        return []
+    advantages = repo_ops.group_advantages(
+        torch.tensor([reward for _, _, _, reward, _ in rows]),
+        torch.tensor([i for i, *_ in rows]),
+        off_policy=torch.tensor([replayed for *_, replayed in rows]),
+        lengths=torch.tensor([len(completion.token_ids) for _, _, completion, _, _ in rows]),
+        **config.advantages,
+    )
+    sequences = [
+        ScoredSequence(prompt_ids, completion.token_ids, advantage, replayed, completion.logps, i, *_top(completion))
+        for (i, prompt_ids, completion, _, replayed), advantage in zip(rows, advantages.tolist(), strict=True)
+    ]
+    return _without_dead(sequences) if config.drop_dead_groups else sequences
+
+
+def _without_dead(sequences: Sequence[ScoredSequence]) -> list[ScoredSequence]:
+    """The sequences of groups with a non-zero advantage; a group's fresh and replayed part are judged apart."""
+    alive = {(s.group, s.off_policy) for s in sequences if s.advantage != 0}
+    return [s for s in sequences if (s.group, s.off_policy) in alive]
+
+
+def _top(completion: Completion | Sample) -> tuple[tuple[tuple[int, ...], ...], tuple[tuple[float, ...], ...]]:
+    """The likeliest tokens at each place with their log-probabilities; a stored sample has none."""
+    return ((), ()) if isinstance(completion, Sample) else (completion.top_ids, completion.top_logps)
+
+
+def group_metrics(collected: Collected, sequences: Sequence[ScoredSequence]) -> dict[str, float]:
+    """What the step's completions were like, and for which share of its prompts anything can be learned.
+
+    reward/*, completions/* and frac_reward_zero_std are over all that was generated, so that dynamic sampling does not
+    flatter them. groups/effective_on and _off: prompts of the step whose fresh, whose replayed completions hold a
+    non-zero advantage; groups/effective: either of them.
+    """
+    generated, groups = collected.generated, collected.groups
+    completions = [completion for group in generated for completion in group.completions]
+    rewards = [reward for group in generated for reward in group.rewards]
+    on = {s.group for s in sequences if not s.off_policy and s.advantage != 0}
+    off = {s.group for s in sequences if s.off_policy and s.advantage != 0}
+    return {
+        "reward/mean": fmean(rewards or [0.0]),
+        "reward/std": pstdev(rewards or [0.0]),
+        "reward/scored": float(len(rewards)),
+        "frac_reward_zero_std": fmean(not group.varied for group in generated),
+        "groups/effective_on": len(on) / len(groups),
+        "groups/effective_off": len(off) / len(groups),
+        "groups/effective": len(on | off) / len(groups),
+        "groups/rounds": float(collected.rounds),
+        "groups/discarded": float(len(generated) - len(groups)),
+        "completions/mean_length": fmean([len(c.token_ids) for c in completions] or [0.0]),
+        "completions/clipped_ratio": fmean([not c.finished for c in completions] or [0.0]),
+        "replay/share_of_sequences": sum(s.off_policy for s in sequences) / max(1, len(sequences)),
+    }
