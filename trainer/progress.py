@@ -1,0 +1,116 @@
+"""How far a run has come, when its state goes to disk, and how it ends when it is asked to stop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+
+from repo_ops.trainer.checkpoint import Checkpoints
+from repo_ops.trainer.resume import CHECKPOINTS, moment, snapshot
+from repo_ops.trainer.rollout import GenerationStopped
+from repo_ops.trainer.stop import Interrupted, Stopped, StopSignals
+
+if TYPE_CHECKING:
+    from repo_ops.trainer.run import Run
+
+__all__ = ["Progress"]
+
+
+class Progress:
+    """Saves a run every `save_steps` steps, after the last one, and when a signal stops it; use it in a `with` block.
+
+    A step counts from `learned` on. What runs inside `droppable` is thrown away when a signal comes, and done again
+    after a resume; a step that has been learned but not yet evaluated is saved as such.
+
+    Args:
+        say: gets a sentence where a checkpoint could not be written.
+    Raises:
+        Stopped: on leaving the block, where a signal ended the run.
+    """
+
+    unfinished: Mapping[str, float] | None
+    """Metrics of the last step, while it is not evaluated and logged."""
+
+    def __init__(self, run: Run, say: Callable[[str], None]) -> None:
+        config, folder = run.config, run.folder / CHECKPOINTS
+        self.run = run
+        self.done = 0 if run.resumed is None else run.resumed.step
+        self.unfinished: Mapping[str, float] | None = (
+            None if run.resumed is None else run.resumed.manifest["unfinished"]
+        )
+        own = run.resumed is not None and run.resumed.folder.parent.resolve() == folder.resolve()
+        self._checkpoints = Checkpoints(
+            folder, keep=config.keep_last, background=config.save_async, say=say, latest=self.done if own else None
+        )
+        self._stop = StopSignals(listen=config.save_steps is not None, at_once=not dist.is_initialized())
+        self._at: dict[str, Any] | None = None
+
+    def __enter__(self) -> Progress:
+        self._stop.__enter__()
+        self.run.engine.should_stop = lambda: self._stop.received is not None
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if kind is None and self.run.config.save_steps:
+                self._save()
+            self._checkpoints.finish()
+            if kind is Interrupted:
+                raise self._stopped() from None
+        finally:
+            self._stop.__exit__(kind, error, trace)
+
+    @contextmanager
+    def droppable(self) -> Iterator[None]:
+        """Around generation and rewards: a signal ends them where they stand, on all ranks or on none."""
+        self._at = moment(self.run)
+        try:
+            with self._stop.interruptible():
+                yield
+        except (Interrupted, GenerationStopped):
+            pass
+        self._check()
+
+    def learned(self, step: int, metrics: Mapping[str, float]) -> None:
+        """The parameters have made this step; its evaluation and its line in the log are still to come."""
+        self.done, self.unfinished, self._at = step, metrics, None
+
+    def logged(self) -> None:
+        """Nothing of the step is left to do: it is saved where it is due, and the run ends here if it was asked to."""
+        self.unfinished, self._at = None, None
+        config = self.run.config
+        if self.done < config.steps:
+            if config.save_steps and self.done and self.done % config.save_steps == 0:
+                self._save()
+            self._check()
+
+    def _check(self) -> None:
+        """Raises Interrupted on every rank if a signal has come on any: they stop together, after the same step."""
+        asked = torch.tensor(self._stop.received is not None, dtype=torch.int32)
+        if dist.is_initialized():
+            dist.all_reduce(asked, dist.ReduceOp.MAX)
+        if asked:
+            raise Interrupted
+
+    def _save(self) -> None:
+        self._checkpoints.finish()
+        if self._checkpoints.latest != self.done:
+            self._checkpoints.save(snapshot(self.run, self.done, at=self._at, unfinished=self.unfinished))
+
+    def _stopped(self) -> Stopped:
+        why = f"stopped by {self._stop.received or 'a signal to another rank'}"
+        if self.done == 0:
+            return Stopped(f"{why} before the first step was done; there is nothing to save", saved=True)
+        self._save()
+        self._checkpoints.finish()
+        if self._checkpoints.latest != self.done:
+            return Stopped(f"{why} after step {self.done}, which could not be saved", saved=False)
+        where = self.run.folder / CHECKPOINTS
+        return Stopped(f"{why} after step {self.done}, saved in {where}; --resume auto goes on from there", saved=True)
