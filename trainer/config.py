@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
+from repo_ops.trainer.trackers import tracker_names
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -81,6 +83,20 @@ class TrainConfig:
     """Evaluate every so many steps besides before and after (0: only before and after)."""
     log_steps: int = 1
     """Print every so many steps where there is no terminal; metrics.jsonl gets all of them."""
+    sample_steps: int = 10
+    """Show some completions with their rewards and advantages every so many steps and after the last (0: never)."""
+    sample_rows: int = 4
+    """Completions that are shown each time (>= 1); samples.jsonl keeps them for report.html."""
+    save_completions: bool = False
+    """Write every completion of every step to output_dir/completions/step_N.parquet (needs pyarrow)."""
+    report_to: list[str] | str = field(default_factory=list)
+    """Trackers that get every metric too: tensorboard, wandb, trackio; one, or a list like [tensorboard,wandb]."""
+    project: str = "repo-ops"
+    """Project of the run in wandb and trackio; the run is named after output_dir."""
+    nonfinite_limit: int = 3
+    """Stop after so many steps in a row whose loss or gradient was not finite (>= 1); each is skipped and dumped."""
+    profile_steps: tuple[int, int] | None = None
+    """First and last step that torch.profiler records, e.g. [3,5]; the trace lies in output_dir/profile."""
 
     temperature: float = 1.0
     """Divides the logits, when sampling and in the loss (> 0)."""
@@ -144,6 +160,11 @@ class TrainConfig:
             )
         if "beta" in self.objective_args:
             raise ValueError("objective_args: beta has a key of its own; write --beta instead")
+        tracker_names(self.report_to)
+        if self.profile_steps is not None and not 1 <= self.profile_steps[0] <= self.profile_steps[1] <= self.steps:
+            raise ValueError(
+                f"profile_steps: expected 1 <= first <= last <= steps = {self.steps}, got {list(self.profile_steps)}"
+            )
         if self.replay is not None:
             self._check_replay()
 
@@ -162,7 +183,8 @@ class TrainConfig:
 
 _AT_LEAST = {
     ("beta", "lr", "weight_decay"): 0,
-    ("heldout_size", "eval_steps", "top_k", "warmup"): 0,
+    ("heldout_size", "eval_steps", "sample_steps", "top_k", "warmup"): 0,
+    ("sample_rows", "nonfinite_limit"): 1,
     ("replay_num", "replay_capacity", "replay_min_size", "steps", "prompts_per_step", "train_size"): 1,
     ("dynamic_sampling_max_rounds",): 1,
     ("divergence_top_k", "heldout_samples", "log_steps", "max_new_tokens", "micro_batch_tokens", "threads"): 1,
@@ -233,7 +255,8 @@ def save_config(config: TrainConfig, path: Path) -> None:
     import yaml
 
     values = asdict(config)
-    values["betas"] = list(values["betas"])
+    for name in ("betas", "profile_steps"):
+        values[name] = values[name] and list(values[name])  # safe YAML has no tuples
     path.write_text(yaml.safe_dump(values, sort_keys=False))
 
 

@@ -1,19 +1,30 @@
-"""What a run says: metrics.jsonl always, a progress bar on a terminal, plain lines elsewhere, a table at the end."""
+"""What a run says: metrics.jsonl always, trackers on request, a progress bar on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
 
-__all__ = ["RunLog", "read_metrics", "show_run", "summarize_run", "summary_table"]
+from repo_ops.trainer.samples import (
+    SAMPLES_FILE,
+    SampleRow,
+    sample_table,
+    spread,
+    write_completions,
+    write_samples,
+)
+from repo_ops.trainer.summary import show_run, summarize_run, summary_table  # noqa: F401
+from repo_ops.trainer.trackers import Tracker, tracked_names
+
+__all__ = ["RunLog", "read_metrics"]
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -26,14 +37,48 @@ class RunLog:
     Args:
         name: shown before the bar, and in plain lines.
         every: print every so many steps where there is no terminal; the file gets all of them.
+        sample_steps: show a table of completions every so many steps and after the last (0: never).
+        sample_rows: completions in that table.
+        save_completions: write all completions of each step as parquet.
+        trackers: get every metric too.
+        resumed_at: step of the checkpoint that the run goes on from; later lines of an earlier try are dropped. None: a
+            new run, whose files replace those of an older one.
+        silent: say and write nothing; for every rank but the first.
     """
 
-    def __init__(self, folder: Path, *, name: str, steps: int, every: int = 1, console: Console | None = None) -> None:
-        self.console = console or Console()
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        name: str,
+        steps: int,
+        every: int = 1,
+        console: Console | None = None,
+        sample_steps: int = 0,
+        sample_rows: int = 4,
+        save_completions: bool = False,
+        trackers: Sequence[Tracker] = (),
+        resumed_at: int | None = None,
+        silent: bool = False,
+    ) -> None:
+        self.folder = folder
+        self.console = Console(quiet=True) if silent else console or Console()
         self.name = name
         self.steps = steps
         self.every = every
-        self._file = (folder / METRICS_FILE).open("w", encoding="utf-8")
+        self.sample_steps = sample_steps
+        self.sample_rows = sample_rows
+        self.save_completions = save_completions
+        self.trackers = trackers
+        self.silent = silent
+        self.step_done: Callable[[int], None] = lambda step: None
+        """Called with the number of each step once it is recorded."""
+        self.lines: list[dict[str, Any]] = []
+        if not silent:
+            _keep_steps(folder / SAMPLES_FILE, resumed_at)
+            self.lines += _keep_steps(folder / METRICS_FILE, resumed_at)
+        path = Path(os.devnull) if silent else folder / METRICS_FILE
+        self._file = path.open("a", encoding="utf-8")
         self._progress = Progress(
             TextColumn("[bold]{task.description}"),
             BarColumn(bar_width=24),
@@ -43,7 +88,7 @@ class RunLog:
             TextColumn("left"),
             TimeRemainingColumn(),
             console=self.console,
-            disable=not self.console.is_terminal,
+            disable=silent or not self.console.is_terminal,
         )
         self._task = self._progress.add_task(name, total=steps, status="")
 
@@ -56,6 +101,8 @@ class RunLog:
     ) -> None:
         self._progress.stop()
         self._file.close()
+        for tracker in self.trackers:
+            tracker.close(kind is not None)
 
     def say(self, message: str) -> None:
         """A line above the bar."""
@@ -63,12 +110,50 @@ class RunLog:
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
         """Record the metrics of a step and show them."""
-        finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
-        self._file.write(json.dumps({"step": step, **finite}) + "\n")
+        line = {"step": step, **{name: value if math.isfinite(value) else None for name, value in metrics.items()}}
+        self.lines.append(line)
+        self._file.write(json.dumps(line) + "\n")
         self._file.flush()
+        for tracker in self.trackers:
+            tracker.log(step, tracked_names(metrics))
         self._progress.update(self._task, completed=step, status=_status(metrics))
         if not self.console.is_terminal and (step % self.every == 0 or step == self.steps):
             self.say(f"{self.name}  step {step:>3}/{self.steps}  {_status(metrics)}")
+        self.step_done(step)
+
+    def completions(self, step: int, rows: Sequence[SampleRow]) -> None:
+        """Show and keep the completions of a step, as far as the settings ask for them."""
+        if self.silent:
+            return
+        if self.save_completions:
+            write_completions(self.folder, step, rows)
+        if self.sample_steps and (step % self.sample_steps == 0 or step == self.steps) and rows:
+            chosen = spread(rows, self.sample_rows)
+            write_samples(self.folder, chosen)
+            self.console.print(sample_table(chosen, title=f"step {step}: {len(chosen)} of {len(rows)} completions"))
+
+
+def _keep_steps(path: Path, resumed_at: int | None) -> list[dict[str, Any]]:
+    """The lines of a jsonl file up to that step, which the file is cut down to; none where the run is new.
+
+    A last line that was half written when the process died is dropped.
+    """
+    if resumed_at is None:
+        path.unlink(missing_ok=True)
+        return []
+    kept = [line for line in _lines(path) if line["step"] <= resumed_at] if path.exists() else []
+    new = path.with_suffix(".part")
+    new.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+    new.replace(path)
+    return kept
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    *whole, rest = path.read_text(encoding="utf-8").split("\n")
+    try:
+        return [json.loads(line) for line in [*whole, *([rest] if rest else [])]]
+    except json.JSONDecodeError:
+        return [json.loads(line) for line in whole]  # raises again where the damage is not at the end
 
 
 def _status(metrics: Mapping[str, float]) -> str:
@@ -83,69 +168,4 @@ def _status(metrics: Mapping[str, float]) -> str:
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """The lines of folder/metrics.jsonl."""
-    lines = (folder / METRICS_FILE).read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines]
-
-
-def summarize_run(lines: Sequence[Mapping[str, Any]], *, window: int = 5) -> dict[str, float]:
-    """What the final table shows of a run: reward at both ends (mean of `window` steps), held-out, groups, seconds."""
-    steps = [line for line in lines if "reward/mean" in line]
-    evaluated = [line for line in lines if any(name.startswith("eval/") for name in line)]
-    found: dict[str, float] = {}
-    if steps:
-        rewards = [line["reward/mean"] for line in steps]
-        found["reward, first steps"] = _mean(rewards[:window])
-        found["reward, last steps"] = _mean(rewards[-window:])
-        for name in ("groups/effective_on", "groups/effective_off", "groups/effective"):
-            found[name] = _mean([line[name] for line in steps])
-        for name in ("time/generate", "time/learner", "time/rest"):
-            found[name] = sum(line[name] for line in steps)
-        found["memory/peak_mb"] = max(line["memory/peak_mb"] for line in steps)
-        ess = [line["off_policy/ess"] for line in steps if line.get("off_policy/ess") is not None]
-        if ess:
-            found["off_policy/ess"] = _mean(ess)
-    for name in sorted({name for line in evaluated for name in line if name.startswith("eval/")}):
-        found[f"{name} before"] = evaluated[0][name]
-        found[f"{name} after"] = evaluated[-1][name]
-    return found
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
-
-
-_ROWS = (
-    ("reward, first steps", "train reward, first 5 steps", "{:.3f}"),
-    ("reward, last steps", "train reward, last 5 steps", "{:.3f}"),
-    ("eval/sampled_mean before", "held-out reward, sampled, before", "{:.3f}"),
-    ("eval/sampled_mean after", "held-out reward, sampled, after", "{:.3f}"),
-    ("eval/greedy_mean before", "held-out reward, greedy, before", "{:.3f}"),
-    ("eval/greedy_mean after", "held-out reward, greedy, after", "{:.3f}"),
-    ("groups/effective", "prompts with a gradient", "{:.1%}"),
-    ("groups/effective_on", "  from fresh completions", "{:.1%}"),
-    ("groups/effective_off", "  from replayed ones", "{:.1%}"),
-    ("off_policy/ess", "effective sample size of replayed tokens", "{:.3f}"),
-    ("time/generate", "seconds generating", "{:.1f}"),
-    ("time/learner", "seconds in the learner", "{:.1f}"),
-    ("time/rest", "seconds for the rest", "{:.1f}"),
-    ("memory/peak_mb", "peak memory, MiB", "{:.0f}"),
-)
-
-
-def summary_table(runs: Mapping[str, Mapping[str, float]], *, title: str, caption: str | None = None) -> Table:
-    """A column for each run's `summarize_run`, a row for each number that at least one run has."""
-    table = Table(title=title, caption=caption, caption_justify="left")
-    table.add_column("")
-    for name in runs:
-        table.add_column(name, justify="right")
-    for key, label, form in _ROWS:
-        if any(key in run for run in runs.values()):
-            table.add_row(label, *(form.format(run[key]) if key in run else "-" for run in runs.values()))
-    return table
-
-
-def show_run(found: Mapping[str, float], *, folder: Path, console: Console | None = None) -> None:
-    """The final table of one run, and where its files are."""
-    console = console or Console()
-    console.print(summary_table({"": found}, title="Result"))
-    console.print(f"metrics, picture and model: {folder}", highlight=False, soft_wrap=True)
+    return _lines(folder / METRICS_FILE)

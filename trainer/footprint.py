@@ -1,0 +1,195 @@
+"""What a run needs of memory and arithmetic, from its settings and the shape of its model; docs/memory.md derives it.
+
+Weights, gradients and AdamW's state are exact. The rest is an estimate: nothing is run on data, and allocators round.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch._subclasses import FakeTensorMode
+
+from repo_ops.head.plan import CPU_BUDGET, GPU_ROWS
+from repo_ops.trainer.config import TrainConfig
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+__all__ = ["Parameters", "Workload", "activation_bytes", "flops_of_step", "memory_at_rest", "parts_at_peak"]
+
+SEQUENCES_AT_ONCE = 128
+"""Most sequences that rollout/hf.py samples together."""
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Sizes of a step, in tokens."""
+
+    longest_prompt: int
+    mean_prompt: float
+    max_new_tokens: int
+    prompts: int
+    group_size: int
+    replayed: int
+    """Of each prompt, at most."""
+    micro_batch_tokens: int
+
+    @classmethod
+    def of(cls, config: TrainConfig, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> Workload:
+        """From a run's settings and its encoded prompts."""
+        lengths = [len(ids) for ids in prompts]
+        return cls(
+            longest_prompt=max(lengths),
+            mean_prompt=sum(lengths) / len(lengths),
+            max_new_tokens=max_new_tokens,
+            prompts=config.prompts_per_step,
+            group_size=config.group_size,
+            replayed=config.replay_num if config.replay else 0,
+            micro_batch_tokens=config.micro_batch_tokens,
+        )
+
+    @property
+    def row(self) -> int:
+        """Longest packed row: a prompt with all its completions, if that fits a micro-batch."""
+        whole = self.longest_prompt + (self.group_size + self.replayed) * self.max_new_tokens
+        return max(min(whole, self.micro_batch_tokens), self.longest_prompt + self.max_new_tokens)
+
+    @property
+    def rows(self) -> int:
+        """Packed rows of the largest micro-batch."""
+        return max(1, min(self.micro_batch_tokens // self.row, self.prompts))
+
+    @property
+    def completions(self) -> int:
+        """Fresh and replayed completions of a step."""
+        return self.prompts * (self.group_size + self.replayed)
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """Numbers of a model's parameters, and where they are."""
+
+    total: int
+    trained: int
+    head: int
+    """Of the matrix [V, D] that turns hidden states into logits."""
+    backbone: int
+    """Of all that a token is multiplied with below the head: embeddings are looked up, not multiplied."""
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> Parameters:
+        """Count them; a tied head counts once in `total`."""
+        parameters = list(model.parameters())
+        total = sum(p.numel() for p in parameters)
+        head, embedding = (layer.weight for layer in (model.get_output_embeddings(), model.get_input_embeddings()))
+        return cls(
+            total=total,
+            trained=sum(p.numel() for p in parameters if p.requires_grad),
+            head=head.numel(),
+            backbone=total - head.numel() - (0 if head is embedding else embedding.numel()),
+        )
+
+
+def memory_at_rest(model: PreTrainedModel, *, reference: bool) -> dict[str, int]:
+    """Bytes on this rank that stay from step to step, by part: exact."""
+    weights = sum(_local_bytes(p) for p in model.parameters())
+    trained = sum(_local_bytes(p) for p in model.parameters() if p.requires_grad)
+    parts = {"weights": weights, "gradients": trained, "AdamW's averages": 2 * trained}
+    return {**parts, "reference model": weights} if reference else parts
+
+
+def _local_bytes(parameter: torch.Tensor) -> int:
+    local = getattr(parameter, "_local_tensor", parameter)  # of a sharded one, what lies here
+    return local.numel() * local.element_size()
+
+
+def parts_at_peak(config: TrainConfig, shape: PretrainedConfig, device: torch.device, work: Workload) -> dict[str, int]:
+    """Bytes that come on top while a step generates, and while it learns, by part: estimates.
+
+    The two are not there together: generation is over when the learner begins.
+    """
+    return {
+        "activations of a micro-batch": activation_bytes(config, shape, device, work),
+        "head": head_bytes(shape, device, getattr(torch, config.dtype)),
+        "keys and values while generating": cache_bytes(config, shape, work),
+    }
+
+
+def activation_bytes(config: TrainConfig, shape: PretrainedConfig, device: torch.device, work: Workload) -> int:
+    """Bytes that autograd keeps of the layers below the head for the largest micro-batch.
+
+    Counted, not modelled: the layers run once on tensors without storage, and what is saved for the backward is added
+    up, each storage once, weights left out.
+    """
+    from transformers import AutoModelForCausalLM
+
+    saved: dict[int, tuple[int, Any]] = {}
+    with FakeTensorMode(), torch.device(device):
+        model = AutoModelForCausalLM.from_config(shape, dtype=getattr(torch, config.dtype))
+        own = {id(p.untyped_storage()._cdata): p for p in model.parameters()}
+        own_keys = {p.untyped_storage()._cdata for p in own.values()}
+
+        def note(tensor: torch.Tensor) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            if storage._cdata not in own_keys:
+                saved[storage._cdata] = (storage.nbytes(), storage)  # kept alive: its key stays its own
+            return tensor
+
+        size = (work.rows, work.row)
+        mask = torch.ones(work.rows, 1, work.row, work.row, dtype=torch.bool)
+        precision = torch.autocast(device.type, dtype=torch.bfloat16) if config.autocast else nullcontext()
+        with precision, torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            model.get_decoder()(
+                input_ids=torch.zeros(size, dtype=torch.int64),
+                position_ids=torch.arange(work.row).expand(size),
+                attention_mask=mask,
+                use_cache=False,
+            )
+    return sum(number for number, _ in saved.values()) + mask.numel()
+
+
+def head_bytes(shape: PretrainedConfig, device: torch.device, dtype: torch.dtype) -> int:
+    """Bytes that the fused head holds beyond hidden states and gradients: its budget, or its tile on a GPU."""
+    text = shape.get_text_config()
+    if device.type == "cpu":
+        return CPU_BUDGET
+    tile = GPU_ROWS * 4 * (text.vocab_size + 3 * text.hidden_size)
+    return tile + (4 * text.vocab_size * text.hidden_size if dtype != torch.float32 else 0)
+
+
+def cache_bytes(config: TrainConfig, shape: PretrainedConfig, work: Workload) -> int:
+    """Bytes of keys and values of the sequences that are generated together, each at its full length."""
+    text = shape.get_text_config()
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    itemsize = 2 if config.autocast else getattr(torch, config.dtype).itemsize
+    sequences = min(SEQUENCES_AT_ONCE, work.prompts * work.group_size)
+    length = work.longest_prompt + work.max_new_tokens
+    return 2 * text.num_hidden_layers * heads * width * itemsize * sequences * length
+
+
+def flops_of_step(parameters: Parameters, shape: PretrainedConfig, work: Workload) -> dict[str, float]:
+    """Floating-point operations of a step by part, if every completion is as long as it may be and none is dead.
+
+    A multiply-add counts 2. A token costs 2 for each weight of the layers forward and 4 backward, and in attention
+    4 * context * width of the heads a layer forward and twice that backward; the head costs 3 passes of 2 V D for each
+    completion token. Generation computes a prompt once for its samples and each new token once.
+    """
+    text = shape.get_text_config()
+    width = (getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads) * text.num_attention_heads
+    completion = work.mean_prompt + work.max_new_tokens / 2  # mean context of a completion token
+    attention = 4 * text.num_hidden_layers * width
+    fresh = work.prompts * work.group_size * work.max_new_tokens
+    learned = work.completions * work.max_new_tokens
+    prompts = work.prompts * work.mean_prompt
+    prompt_flops = prompts * (2 * parameters.backbone + attention * work.mean_prompt / 2)
+    token_flops = 2 * parameters.backbone + attention * completion
+    return {
+        "generation": prompt_flops + fresh * (token_flops + 2 * parameters.head),
+        "learner, layers": 3 * (prompt_flops + learned * token_flops),
+        "learner, head": 3 * learned * 2 * parameters.head,
+    }

@@ -1,0 +1,107 @@
+"""Words for running out of memory: what was largest, and what would help by how much."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+from repo_ops.trainer.failed import RunFailed
+from repo_ops.trainer.footprint import Workload, activation_bytes, memory_at_rest, parts_at_peak
+from repo_ops.trainer.rollout import encode_prompts
+
+if TYPE_CHECKING:
+    from repo_ops.trainer.run import Run
+
+__all__ = ["Knob", "explain", "explained", "is_out_of_memory", "knobs"]
+
+MIB = 1 << 20
+MESSAGES = ("can't allocate memory", "not enough memory", "out of memory")
+"""Of the RuntimeError that torch's CPU allocator raises, on Linux and on Windows, and of other devices' errors."""
+
+
+class Knob(NamedTuple):
+    """A setting to change, and what that saves."""
+
+    saves: int
+    """Bytes, at the peak."""
+    text: str
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed, on a GPU or on the CPU."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(message in str(error).lower() for message in MESSAGES)
+
+
+@contextmanager
+def explained(run: Run) -> Iterator[None]:
+    """Around the steps of a run: an allocation that fails becomes a RunFailed which says what to do."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise RunFailed(explain(run, error)) from error
+
+
+def explain(run: Run, error: BaseException) -> str:
+    """What was largest, the three settings that save most, and what the allocator said."""
+    generating = _happened_in(error, "/rollout/")
+    prompts = encode_prompts(run.tokenizer, [example.prompt for example in run.task.train])
+    work = Workload.of(run.config, prompts, run.max_new_tokens)
+    device, shape = run.model.device, run.model.config
+    rest = memory_at_rest(run.model, reference=run.learner.reference is not None)
+    peak = parts_at_peak(run.config, shape, device, work)
+    cache = "keys and values while generating"
+    absent = [name for name in peak if (name == cache) is not generating]
+    parts = {**rest, **{name: number for name, number in peak.items() if name not in absent}}
+    largest = sorted(parts.items(), key=lambda part: -part[1])
+    lines = [
+        f"out of memory on {device} while {'generating' if generating else 'learning'}: {str(error).splitlines()[0]}",
+        "largest (estimates, MiB): " + ", ".join(f"{name} {number / MIB:.0f}" for name, number in largest[:4]),
+        "what would help most:",
+        *(f"  {knob.text}: saves about {knob.saves / MIB:.0f} MiB" for knob in knobs(run, work, parts)[:3]),
+    ]
+    return "\n".join(lines)
+
+
+def knobs(run: Run, work: Workload, parts: dict[str, int]) -> list[Knob]:
+    """Settings of this run that save memory where it ran out, the one that saves most first."""
+    config, device, shape = run.config, run.model.device, run.model.config
+    found = []
+    activations = parts.get("activations of a micro-batch", 0)
+    largest = work.rows * work.row
+    longest = work.longest_prompt + work.max_new_tokens
+    if activations and largest > longest:
+        half = max(longest, largest // 2)
+        smaller = activation_bytes(config, shape, device, replace(work, micro_batch_tokens=half))
+        text = f"--micro_batch_tokens {half} (now {config.micro_batch_tokens}, of which {largest} are used)"
+        found.append(Knob(activations - smaller, text))
+    if cache := parts.get("keys and values while generating"):
+        shorter = max(1, work.max_new_tokens // 2)
+        saved = cache * (work.max_new_tokens - shorter) // longest
+        found.append(Knob(saved, f"--max_new_tokens {shorter} (now {work.max_new_tokens})"))
+        fewer = max(1, work.prompts // 2)
+        if fewer < work.prompts:
+            found.append(Knob(cache // 2, f"--prompts_per_step {fewer} (now {work.prompts})"))
+    if "reference model" in parts:
+        found.append(Knob(parts["reference model"], "--beta 0 (no reference model)"))
+    if config.dtype == "float32":
+        kept = sum(parts[name] for name in parts if name in ("weights", "gradients", "AdamW's averages"))
+        text = "--dtype bfloat16 (but small learning rates then move few weights)"
+        found.append(Knob(kept // 2, text))
+    return sorted((knob for knob in found if knob.saves > 0), key=lambda knob: -knob.saves)
+
+
+def _happened_in(error: BaseException, folder: str) -> bool:
+    trace = error.__traceback__
+    while trace is not None:
+        if folder in trace.tb_frame.f_code.co_filename:
+            return True
+        trace = trace.tb_next
+    return False
