@@ -6,9 +6,17 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from transformers import PreTrainedTokenizerBase
+
+
+class EngineError(RuntimeError):
+    """The engine cannot be reached, is too slow, answers nonsense, or holds other weights than the policy."""
+
+
+class GenerationStopped(Exception):  # noqa: N818
+    """The engine's `should_stop` came true while it sampled. The completions of that call are lost."""
 
 
 @dataclass(frozen=True)
@@ -28,10 +36,15 @@ class Completion:
     Empty unless they were asked for."""
     top_logps: tuple[tuple[float, ...], ...] = ()
     """Their log-probabilities under the distribution that was drawn from."""
+    kept_ids: tuple[tuple[int, ...], ...] = ()
+    """At each token all that it was drawn from, where top_k or top_p cut some off; empty where nothing was."""
 
 
 class RolloutEngine(Protocol):
     """Anything that samples completions and can be told that the policy's weights have moved on."""
+
+    should_stop: Callable[[], bool]
+    """Asked again and again while `generate` runs; once it is true, `generate` raises GenerationStopped."""
 
     def generate(
         self,
@@ -53,8 +66,16 @@ class RolloutEngine(Protocol):
         ...
 
     def sync(self, version: int) -> None:
-        """Makes the next `generate` sample from the policy of step `version`."""
+        """Makes the next `generate` sample from the policy of step `version`. Call it before the first one, too.
+
+        Every rank calls it: a sharded policy is gathered.
+        """
         ...
+
+
+def never() -> bool:
+    """False: the `should_stop` of an engine that nobody interrupts."""
+    return False
 
 
 def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> list[list[int]]:
@@ -72,3 +93,11 @@ def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -
         if not ids:
             raise ValueError(f"prompts[{i}]: expected at least one token, got {prompts[i]!r}; start it with some text")
     return encoded
+
+
+def decode_completion(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int], stop: Sequence[str]) -> str:
+    """Text of a completion up to, and without, the first of the `stop` characters; special tokens are left out."""
+    text = tokenizer.decode(list(token_ids), skip_special_tokens=True)
+    for character in stop:
+        text = text.split(character, 1)[0]
+    return text

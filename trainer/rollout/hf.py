@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from repo_ops.trainer.rollout import Completion, encode_prompts
+from repo_ops.trainer.rollout import Completion, GenerationStopped, decode_completion, encode_prompts, never
 from repo_ops.trainer.rollout.sampler import Sampler, ShareEnded, check_sampling
 
 if TYPE_CHECKING:
@@ -54,6 +54,7 @@ class HFGenerate:
         self.max_batch_size = max_batch_size
         self.autocast_dtype = autocast_dtype
         self.version = 0
+        self.should_stop: Callable[[], bool] = never
         self._stop_ids = stop_token_ids(model, tokenizer, self.stop)
 
     def sync(self, version: int) -> None:
@@ -88,6 +89,7 @@ class HFGenerate:
                 With top_k or top_p those that could not be drawn have -inf.
         Raises:
             ValueError: an argument out of range, or a prompt without tokens.
+            GenerationStopped: `should_stop` came true.
         """
         check_sampling(num_samples, max_new_tokens, temperature, top_k, top_p)
         num_tokens = self.model.config.get_text_config().vocab_size
@@ -103,6 +105,8 @@ class HFGenerate:
         completions: dict[int, Completion] = {}
         with _sampling_mode(self.model, self.autocast_dtype):
             for start in range(0, len(order), self.max_batch_size):
+                if self.should_stop():
+                    raise GenerationStopped
                 rows = order[start : start + self.max_batch_size]
                 sampler.begin(uniforms[rows].to(self.model.device))
                 self._generate_batch([encoded[owners[row]] for row in rows], sampler, max_new_tokens)
@@ -147,7 +151,7 @@ class HFGenerate:
                 attention_mask=mask,
                 past_key_values=cache,
                 logits_processor=[sampler],
-                stopping_criteria=[ShareEnded(self._is_stop, DROP_AT)],
+                stopping_criteria=[ShareEnded(self._is_stop, DROP_AT, self.should_stop)],
                 generation_config=self._generation_config(limit - ids.shape[1]),
             )[:, ids.shape[1] :]
 
@@ -176,14 +180,14 @@ class HFGenerate:
         out = []
         top = zip(sampler.top_ids.tolist(), sampler.top_logps.tolist())
         drawn = zip(sampler.token_ids.tolist(), sampler.logps.tolist(), stops)
-        for (tokens, logps, is_stop), top_of_row in zip(drawn, top):
+        for (tokens, logps, is_stop), top_of_row, kept in zip(drawn, top, sampler.kept_ids):
             finished = True in is_stop
             length = is_stop.index(True) + 1 if finished else len(tokens)
-            text = self.tokenizer.decode(tokens[:length], skip_special_tokens=True)
-            for character in self.stop:
-                text = text.split(character, 1)[0]
+            text = decode_completion(self.tokenizer, tokens[:length], self.stop)
             top_ids, top_logps = (tuple(map(tuple, x[:length])) if sampler.num_top else () for x in top_of_row)
-            out.append(Completion(tuple(tokens[:length]), tuple(logps[:length]), text, finished, top_ids, top_logps))
+            kept_ids = tuple(kept[step] for step in range(length)) if kept else ()
+            drawn_tokens = tuple(tokens[:length]), tuple(logps[:length])
+            out.append(Completion(*drawn_tokens, text, finished, top_ids, top_logps, kept_ids))
         return out
 
 

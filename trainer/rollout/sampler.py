@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import LogitsProcessor, StoppingCriteria
 
 from repo_ops.terms.divergence import support_ids
+from repo_ops.trainer.rollout import GenerationStopped
 
 
 def check_sampling(num_samples: int, max_new_tokens: int, temperature: float, top_k: int, top_p: float) -> None:
@@ -49,6 +50,8 @@ class Sampler(LogitsProcessor):
         self.logps = torch.zeros(uniforms.shape, dtype=torch.float32, device=uniforms.device)
         self.top_ids = self.token_ids.new_zeros(*uniforms.shape, self.num_top)
         self.top_logps = self.logps.new_zeros(*uniforms.shape, self.num_top)
+        # which tokens the draw was among, by row and step; there is nothing to say where it was all of them
+        self.kept_ids: list[dict[int, tuple[int, ...]]] = [{} for _ in range(len(uniforms))]
         self.rows = torch.arange(len(uniforms), device=uniforms.device)
         self.prompt_width = 0
 
@@ -63,6 +66,8 @@ class Sampler(LogitsProcessor):
         logps = torch.log_softmax(logits.float() / self.temperature, dim=-1)
         if self.top_k or self.top_p < 1.0:
             logps = truncated(logps, self.top_k, self.top_p)
+            for row, kept in zip(self.rows.tolist(), logps.isfinite()):
+                self.kept_ids[row][step] = tuple(kept.nonzero().squeeze(1).tolist())
         if self.greedy:
             chosen = logps.argmax(-1)
         else:
@@ -81,14 +86,17 @@ class Sampler(LogitsProcessor):
 
 
 class ShareEnded(StoppingCriteria):
-    """Ends a call of `generate` for all sequences once this share of them has ended."""
+    """Ends a call of `generate` for all sequences once this share of them has ended, or when somebody asks to stop."""
 
-    def __init__(self, is_stop: Callable[[Tensor], Tensor], share: float) -> None:
+    def __init__(self, is_stop: Callable[[Tensor], Tensor], share: float, should_stop: Callable[[], bool]) -> None:
         self.is_stop = is_stop
         self.share = share
+        self.should_stop = should_stop
         self.ended: Tensor | None = None
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **_: Any) -> Tensor:
+        if self.should_stop():
+            raise GenerationStopped
         now = self.is_stop(input_ids[:, -1])
         self.ended = now if self.ended is None else self.ended | now
         return (self.ended.float().mean() >= self.share).expand(len(input_ids))
