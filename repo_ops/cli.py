@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import sys
+import traceback
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
 from typing import NoReturn
 
 __all__ = ["COMMANDS", "main"]
@@ -14,15 +17,27 @@ def train(arguments: Sequence[str]) -> None:
     from repo_ops.trainer.config import parse_config
 
     config = parse_config(arguments)
-    from repo_ops.trainer.log import show_run
+    from repo_ops.trainer.failed import RunFailed
     from repo_ops.trainer.loop import train
     from repo_ops.trainer.run import prepare
+    from repo_ops.trainer.stop import Stopped
+    from repo_ops.trainer.summary import show_run
 
     try:
         run = prepare(config)
     except (ValueError, ImportError) as error:
-        _refuse("train", str(error))  # a mistake in the settings; anything that goes wrong later keeps its traceback
-    show_run(train(run, name=config.objective), folder=run.folder)
+        _refuse("train", str(error))
+    try:
+        found = train(run, name=config.objective)
+    except RunFailed as error:
+        print(f"repo-ops train: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
+    except Stopped as end:
+        print(f"repo-ops train: {end}", file=sys.stderr)
+        raise SystemExit(0 if end.saved else 1) from None
+    except (ValueError, TypeError, OSError) as error:
+        _fail("train", error, run.folder)  # a reward's mistake, a full disk; what else goes wrong shows its traceback
+    show_run(found, folder=run.folder)
 
 
 def demo(arguments: Sequence[str]) -> None:
@@ -85,6 +100,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _refuse(command: str, message: str) -> NoReturn:
     print(f"{f'repo-ops {command}'.strip()}: {message}", file=sys.stderr)
     raise SystemExit(2)
+
+
+def _fail(command: str, error: Exception, folder: Path) -> NoReturn:
+    where = ""
+    with suppress(OSError):  # the disk may be full
+        (folder / "traceback.txt").write_text("".join(traceback.format_exception(error)))
+        where = f"\n(traceback: {folder / 'traceback.txt'})"
+    print(f"repo-ops {command}: {' '.join(str(error).split())}{where}", file=sys.stderr)
+    raise SystemExit(1)
 
 
 def _help() -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 import math
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -132,6 +133,19 @@ class TrainConfig:
     """CPU threads of torch (none: its own choice)."""
     save_model: bool = True
     """Write the trained model to output_dir/model."""
+    push_to_hub: str | None = None
+    """Upload the trained model to this Hugging Face repository, organisation/name; made private if it is not there."""
+
+    save_steps: int | None = 0
+    """Write a checkpoint to output_dir/checkpoints every so many steps and after the last (0: only when SIGTERM or
+    Ctrl-C asks the run to stop, which then ends with status 0; none: never, and such signals end it at once)."""
+    keep_last: int = 2
+    """Checkpoints that are kept, the newest (>= 1)."""
+    save_async: bool = False
+    """Copy the state and write the checkpoint while training goes on; takes that memory once more."""
+    resume: str | None = None
+    """auto: go on from the newest whole checkpoint in output_dir, or begin where there is none; or a checkpoint's
+    folder (none: a new run, which refuses a folder with checkpoints)."""
 
     @property
     def advantages(self) -> dict[str, Any]:
@@ -184,10 +198,12 @@ class TrainConfig:
 _AT_LEAST = {
     ("beta", "lr", "weight_decay"): 0,
     ("heldout_size", "eval_steps", "sample_steps", "top_k", "warmup"): 0,
-    ("sample_rows", "nonfinite_limit"): 1,
     ("replay_num", "replay_capacity", "replay_min_size", "steps", "prompts_per_step", "train_size"): 1,
     ("dynamic_sampling_max_rounds",): 1,
     ("divergence_top_k", "heldout_samples", "log_steps", "max_new_tokens", "micro_batch_tokens", "threads"): 1,
+    ("sample_rows", "nonfinite_limit"): 1,
+    ("keep_last",): 1,
+    ("save_steps",): 0,
     ("group_size",): 2,
 }
 
@@ -258,6 +274,33 @@ def save_config(config: TrainConfig, path: Path) -> None:
     for name in ("betas", "profile_steps"):
         values[name] = values[name] and list(values[name])  # safe YAML has no tuples
     path.write_text(yaml.safe_dump(values, sort_keys=False))
+
+
+MAY_CHANGE = frozenset(
+    {
+        *("output_dir", "log_steps", "sample_steps", "sample_rows", "save_completions", "report_to", "project"),
+        *("profile_steps", "nonfinite_limit", "eval_steps", "heldout_samples"),
+        *("save_model", "push_to_hub", "save_steps", "keep_last", "save_async", "resume"),
+        *("device", "threads", "micro_batch_tokens"),  # these change results by rounding
+    }
+)
+"""Settings that may differ when a run goes on from a checkpoint; `steps` may too where the learning rate is constant."""
+
+
+def settings_as_json(config: TrainConfig) -> dict[str, Any]:
+    """The settings in the types that JSON gives back."""
+    return dict(json.loads(json.dumps(asdict(config))))
+
+
+def changed_settings(saved: dict[str, Any], config: TrainConfig) -> list[tuple[str, Any, Any]]:
+    """(name, saved, now) of every setting that would make the rest of a saved run another one.
+
+    A setting that was not there yet when the checkpoint was written counts as its default.
+    """
+    free = MAY_CHANGE | ({"steps"} if config.schedule == "constant" else set())
+    defaults, now = settings_as_json(TrainConfig()), settings_as_json(config)
+    before = {name: saved.get(name, defaults[name]) for name in now}
+    return [(name, before[name], now[name]) for name in now if name not in free and before[name] != now[name]]
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:

@@ -1,0 +1,178 @@
+"""Checkpoints: a run that was cut off anywhere goes on as if it had not been, and what is saved stays readable."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_runs import arguments, differences, outcome, prepared, repeatable, reward_file, trained
+
+from repo_ops.cli import main
+from repo_ops.trainer.checkpoint import newest_whole, read, steps_of
+from repo_ops.trainer.learner import Learner
+from repo_ops.trainer.log import read_metrics
+from repo_ops.trainer.loop import train
+
+SCRIPT = Path(sys.executable).with_name("repo-ops")
+
+
+def started(folder: Path, until: int, number: int, **settings: object) -> subprocess.CompletedProcess[str]:
+    """The console script, which gets the signal `number` as soon as it has logged step `until`."""
+    command = [str(SCRIPT), *arguments(folder, **settings)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        deadline = time.monotonic() + 200
+        metrics = folder / "metrics.jsonl"
+        while process.poll() is None and time.monotonic() < deadline:
+            if metrics.exists() and f'{{"step": {until},' in metrics.read_text():
+                process.send_signal(number)
+                break
+            time.sleep(0.005)
+        out, err = process.communicate(timeout=100)
+    return subprocess.CompletedProcess(command, process.returncode, out, err)
+
+
+@pytest.mark.slow
+def test_killed_stopped_and_resumed_is_bit_for_bit_the_run_that_was_left_alone(tmp_path: Path) -> None:
+    settings = {"steps": 12, "save_steps": 1, "eval_steps": 5, "reward": reward_file(tmp_path), "save_async": True}
+    whole = trained(tmp_path / "whole", **settings)
+    cut = tmp_path / "cut"
+    killed = started(cut, 3, signal.SIGKILL, **settings)
+    assert killed.returncode == -signal.SIGKILL
+    assert 2 <= steps_of(cut / "checkpoints")[0] < 12
+    stopped = started(cut, 8, signal.SIGTERM, **settings, resume="auto")
+    assert stopped.returncode == 0, stopped.stderr
+    assert "stopped by SIGTERM after step" in stopped.stderr
+    assert 8 <= steps_of(cut / "checkpoints")[0] < 12
+    run = prepared(cut, **settings, resume="auto")
+    assert run.resumed_at >= 8
+    train(run)
+    assert differences(outcome(run), whole) == []
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_resumed_runs_repeat_the_rest_exactly(tmp_path: Path, monkeypatch, background: bool) -> None:
+    settings = {"steps": 6, "eval_steps": 2, "reward": reward_file(tmp_path), "save_steps": 2, "save_async": background}
+    whole = trained(tmp_path / "whole", **settings)
+    step, made = Learner.step, []
+
+    def dies_in_step_4(self, *args, **kwargs):
+        made.append(1)
+        if len(made) == 4:
+            raise RuntimeError("the power went out")
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(Learner, "step", dies_in_step_4)
+    with pytest.raises(RuntimeError, match="the power went out"):
+        main(arguments(tmp_path / "cut", **settings))
+    monkeypatch.setattr(Learner, "step", step)
+    assert [line["step"] for line in read_metrics(tmp_path / "cut")] == [0, 1, 2, 3]
+    run = prepared(tmp_path / "cut", **settings, resume="auto")
+    assert run.resumed_at == 2
+    torch.manual_seed(99)  # nothing of the process that resumes may show
+    run = prepared(tmp_path / "cut", **settings, resume="auto")
+    train(run)
+    assert differences(outcome(run), whole) == []
+    # the checkpoints did not change the run either
+    plain = trained(tmp_path / "plain", **{**settings, "save_steps": None})
+    assert differences(plain, whole) == []
+
+
+def test_a_run_goes_on_in_another_folder_and_longer(tmp_path: Path) -> None:
+    reward = reward_file(tmp_path)
+    whole = trained(tmp_path / "whole", steps=4, reward=reward, heldout_size=0)
+    trained(tmp_path / "a", steps=2, save_steps=2, reward=reward, heldout_size=0)
+    from_a = {"steps": 4, "reward": reward, "heldout_size": 0, "save_steps": 4}
+    longer = trained(tmp_path / "b", resume=str(tmp_path / "a" / "checkpoints" / "step-00000002"), **from_a)
+    assert differences(longer, whole) == []
+    assert steps_of(tmp_path / "b" / "checkpoints") == [4]
+    assert steps_of(tmp_path / "a" / "checkpoints") == [2]
+    # a finished run has nothing left to do, and says the same again
+    assert differences(trained(tmp_path / "b", resume="auto", **from_a), whole) == []
+
+
+def test_nothing_was_learned_yet_and_still_the_optimizer_comes_back(tmp_path: Path) -> None:
+    reward = reward_file(tmp_path, "def reward(prompts, completions, **_):\n    return [0.0] * len(prompts)\n")
+    whole = trained(tmp_path / "whole", steps=2, reward=reward, heldout_size=0)
+    trained(tmp_path / "a", steps=1, save_steps=1, reward=reward, heldout_size=0)
+    resumed = trained(tmp_path / "a", steps=2, reward=reward, heldout_size=0, resume="auto")
+    assert differences(resumed, whole) == []
+    assert whole["optimizer"]["state"] == {}  # AdamW has not counted a step that never was
+
+
+def test_the_newest_are_kept_and_leftovers_go(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints"
+    (folder / ".draft-step-00000007").mkdir(parents=True)  # of a process that was killed while it wrote
+    trained(tmp_path, steps=5, save_steps=2, keep_last=2, heldout_size=0)
+    assert sorted(path.name for path in folder.iterdir()) == ["step-00000004", "step-00000005"]
+    assert newest_whole(folder, pytest.fail).step == 5
+
+
+@pytest.fixture(scope="module")
+def two_steps(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with whole checkpoints of steps 1 and 2."""
+    folder = tmp_path_factory.mktemp("two") / "run"
+    trained(folder, steps=2, save_steps=1, heldout_size=0)
+    return folder
+
+
+def truncate(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+DAMAGE = {
+    "truncated tensors": ("__0_0.distcp", truncate, r"__0_0.distcp has \d+ bytes instead of \d+"),
+    "a flipped bit": ("__0_0.distcp", flip, "the content of __0_0.distcp has changed since it was written"),
+    "tensors missing": ("__0_0.distcp", Path.unlink, "__0_0.distcp is missing"),
+    "metadata missing": (".metadata", Path.unlink, ".metadata is missing"),
+    "state of the rank missing": ("rank-0.pt", Path.unlink, "rank-0.pt is missing"),
+    "manifest missing": ("manifest.json", Path.unlink, "manifest.json is missing"),
+    "manifest cut off": ("manifest.json", truncate, "manifest.json cannot be read"),
+    "manifest of something else": ("manifest.json", lambda path: path.write_text("[]"), "manifest.json cannot be read"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_checkpoint_is_said_and_the_one_before_is_used(two_steps: Path, tmp_path: Path, damage: str) -> None:
+    name, harm, sentence = DAMAGE[damage]
+    folder = tmp_path / "checkpoints"
+    shutil.copytree(two_steps / "checkpoints", folder)
+    harm(folder / "step-00000002" / name)
+    said: list[str] = []
+    assert newest_whole(folder, said.append).step == 1
+    assert len(said) == 1
+    assert re.search(sentence, said[0])
+    assert said[0].endswith("put aside as step-00000002.damaged, that of step 1 is used instead")
+    assert sorted(path.name for path in folder.iterdir()) == ["step-00000001", "step-00000002.damaged"]
+
+
+def test_a_run_resumes_from_the_checkpoint_before_the_damaged_one(two_steps: Path, tmp_path: Path, capsys) -> None:
+    shutil.copytree(two_steps, tmp_path / "run")
+    truncate(tmp_path / "run" / "checkpoints" / "step-00000002" / "__0_0.distcp")
+    main(arguments(tmp_path / "run", steps=2, save_steps=1, heldout_size=0, resume="auto"))
+    said = capsys.readouterr().out
+    assert "put aside as step-00000002.damaged, that of step 1 is used instead" in said
+    assert "goes on from step 1 " in said
+    assert repeatable(tmp_path / "run") == repeatable(two_steps)
+    assert read(tmp_path / "run" / "checkpoints" / "step-00000002").step == 2  # written anew
+
+
+def test_the_manifest_says_what_the_run_was(two_steps: Path) -> None:
+    manifest = json.loads((two_steps / "checkpoints" / "step-00000002" / "manifest.json").read_text())
+    assert manifest["step"] == 2
+    assert manifest["world_size"] == 1
+    assert manifest["settings"]["lr"] == 1e-3
+    assert manifest["versions"]["torch"] == torch.__version__
+    assert set(manifest["files"]) == {".metadata", "__0_0.distcp", "rank-0.pt", "metrics.jsonl"}
