@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import tempfile
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,14 +13,17 @@ import transformers
 import repo_ops
 from repo_ops.objectives.base import Objective
 from repo_ops.replay import ReplayBuffer
+from repo_ops.trainer.checkpoint import Checkpoint
 from repo_ops.trainer.config import TrainConfig
 from repo_ops.trainer.data import PromptStream
 from repo_ops.trainer.learner import Learner, reads_top_logps
 from repo_ops.trainer.models import load_model
+from repo_ops.trainer.resume import checkpoint_of, restore
 from repo_ops.trainer.rewards import RewardFunction, load_reward
 from repo_ops.trainer.rollout import RolloutEngine
 from repo_ops.trainer.rollout.hf import HFGenerate
 from repo_ops.trainer.tasks import Task, load_task
+from repo_ops.trainer.trackers import check_installed, tracker_names
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -42,6 +46,15 @@ class Run:
     learner: Learner
     buffer: ReplayBuffer | None
     prompts: PromptStream
+    resumed: Checkpoint | None = None
+    """What the run goes on from; None: from its beginning."""
+    notes: list[str] = field(default_factory=list)
+    """Sentences for the log about how the run came to be."""
+
+    @property
+    def resumed_at(self) -> int | None:
+        """Steps that were made before; None: the run is new."""
+        return None if self.resumed is None else self.resumed.step
 
     def describe(self) -> str:
         """One line about what is trained, dtypes included: bfloat16 weights are a common silent mistake."""
@@ -60,13 +73,18 @@ def prepare(config: TrainConfig) -> Run:
 
     Raises:
         ValueError: a setting that the objective, the replay, the task, the reward or the model refuses.
+        ImportError: a package that a setting needs is missing.
     """
     beta = {} if config.beta is None else {"beta": config.beta}
     objective_args = {**beta, **config.objective_args}
     _check_top_logps(config, repo_ops.get_objective(config.objective, **{"max_length": 1, **objective_args}))
+    check_installed(tracker_names(config.report_to), option="report_to")
+    check_installed(["pyarrow"] if config.save_completions else [], option="save_completions")
     device = _device(config.device)
     two = torch.zeros(2)
     repo_ops.group_advantages(two, two.long(), off_policy=two.bool(), lengths=two.long(), **config.advantages)
+    notes: list[str] = []
+    checkpoint = checkpoint_of(config, notes.append)
     buffer = None
     if config.replay is not None:
         buffer = ReplayBuffer(
@@ -78,9 +96,10 @@ def prepare(config: TrainConfig) -> Run:
     reward = task.reward if config.reward is None else load_reward(config.reward)
     max_new_tokens = config.max_new_tokens or task.max_new_tokens
 
+    folder = _output_folder(config.output_dir)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    torch.manual_seed(config.seed)
+    transformers.set_seed(config.seed)  # of Python, numpy and torch: reward functions may use any of them
     transformers.utils.logging.disable_progress_bar()  # its bars, also when saving, would tear ours
     model, tokenizer = load_model(config.model, dtype=getattr(torch, config.dtype), seed=config.seed)
     model.to(device)
@@ -98,9 +117,11 @@ def prepare(config: TrainConfig) -> Run:
         max_grad_norm=config.max_grad_norm,
     )
     engine = HFGenerate(model, tokenizer, stop=task.stop, autocast_dtype=autocast)
-    folder = Path(config.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    return Run(config, folder, task, reward, max_new_tokens, model, tokenizer, engine, learner, buffer, prompts)
+    run = Run(config, folder, task, reward, max_new_tokens, model, tokenizer, engine, learner, buffer, prompts)
+    run.resumed, run.notes = checkpoint, notes
+    if checkpoint is not None:
+        run.notes += restore(run, checkpoint)
+    return run
 
 
 def _check_top_logps(config: TrainConfig, objective: Objective) -> None:
@@ -116,6 +137,18 @@ def _check_top_logps(config: TrainConfig, objective: Objective) -> None:
             f"top_k, top_p: expected 0 and 1 with {config.objective}, got {config.top_k} and {config.top_p}; the "
             "divergence would measure what the sampler cut off"
         )
+
+
+def _output_folder(name: str) -> Path:
+    folder = Path(name)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        reason = error.strerror
+        raise ValueError(f"output_dir: expected a folder that can be written, got {name!r} ({reason})") from error
+    return folder
 
 
 def _device(name: str | None) -> torch.device:
