@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, PreTrainedModel
 
 from repo_ops.trainer.models import TinyModel, load_model
-from repo_ops.trainer.rollout import Completion, encode_prompts
+from repo_ops.trainer.rollout import Completion, GenerationStopped, encode_prompts, never
 from repo_ops.trainer.rollout.hf import HFGenerate, stop_token_ids
 from repo_ops.trainer.rollout.sampler import inverse_cdf, truncated
 
@@ -190,6 +190,7 @@ def test_truncated_sampling_reports_the_truncated_distribution(tiny, top_k, top_
                 assert token in kept
                 expected = math.log(kept[token] / sum(kept.values()))
                 assert completion.logps[place] == pytest.approx(expected, abs=1e-4)
+                assert completion.kept_ids[place] == tuple(sorted(kept))
 
 
 @pytest.mark.parametrize("max_batch_size", [5, 128])
@@ -331,6 +332,22 @@ def test_bad_construction_is_named(tiny):
         HFGenerate(*tiny, stop=("\n\n",))
     with pytest.raises(ValueError, match=r"^max_batch_size: expected"):
         HFGenerate(*tiny, max_batch_size=0)
+
+
+def test_nothing_is_said_about_kept_tokens_where_all_were_kept(tiny):
+    assert {c.kept_ids for group in HFGenerate(*tiny).generate(PROMPTS, **SETTINGS) for c in group} == {()}
+
+
+@pytest.mark.parametrize("asked", [1, 4])  # before the first batch; in the middle of one
+def test_should_stop_ends_generation(tiny, asked):
+    engine = HFGenerate(*tiny, stop=())
+    calls = iter(range(1, 10**6))
+    engine.should_stop = lambda: next(calls) >= asked
+    with pytest.raises(GenerationStopped):
+        engine.generate(PROMPTS, **SETTINGS)
+    assert next(calls) == asked + 1
+    engine.should_stop = never
+    assert engine.generate(PROMPTS, **SETTINGS) == HFGenerate(*tiny, stop=()).generate(PROMPTS, **SETTINGS)
 
 
 def test_sync_notes_the_version(tiny):

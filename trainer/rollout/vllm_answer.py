@@ -117,8 +117,8 @@ class Answers:
             )
         if greedy and (temperature != 1 or top_k or top_p < 1):
             raise ValueError(
-                f"temperature: expected 1.0 without top_k or top_p where greedy, got {temperature}; vLLM reports greedy "
-                "tokens under the plain softmax"
+                f"temperature: expected 1.0 without top_k or top_p where greedy, got {temperature}; vLLM reports "
+                "greedy tokens under the plain softmax"
             )
         encoded = encode_prompts(self.tokenizer, prompts)
         longest, room = max(map(len, encoded), default=0), limits["max_model_len"] - max_new_tokens
@@ -159,7 +159,7 @@ class Answers:
             )
         if not self._stops.isdisjoint(ids[:-1]):
             raise EngineError(
-                f"engine: expected nothing after a terminator, got {list(ids)}; vLLM ignored stop_token_ids"
+                f"engine: expected nothing after a terminator, got {list(ids)}; stop_token_ids was ignored"
             )
         if not all(0 <= i < self.num_tokens for i in ids) or not all(-math.inf < t.logp <= 1e-4 for t in drawn):
             raise EngineError("engine: expected token ids of the vocabulary with log-probabilities, got something else")

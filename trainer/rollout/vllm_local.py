@@ -76,9 +76,7 @@ class VLLMInProcess:
             weights = list(weights)  # they travel to other processes
         self._rpc("repo_ops_load", weights)
         if not self._llm.reset_prefix_cache():
-            raise EngineError(
-                "engine: vLLM did not reset its prefix cache; it would go on from the old weights' states"
-            )
+            raise EngineError("engine: vLLM did not reset its prefix cache, which holds states of the old weights")
         compare_weights(sent, self._rpc("repo_ops_digests"))
         self.version = version
 

@@ -1,6 +1,6 @@
-"""What repo-ops adds to the workers of vLLM: `--worker-extension-cls repo_ops.trainer.rollout.vllm_worker.WeightUpdates`.
+"""What repo-ops adds to the workers of vLLM.
 
-vLLM mixes this class into its own worker. It needs torch and safetensors, nothing of the trainer's other requirements.
+`vllm serve --worker-extension-cls repo_ops.trainer.rollout.vllm_worker.WeightUpdates` takes it; vLLM mixes this class into its own worker. It needs torch and safetensors, nothing of the trainer's other requirements.
 """
 
 from __future__ import annotations
