@@ -70,7 +70,7 @@ def run_demo(demo: Demo, console: Console | None = None) -> dict[str, dict[str, 
     """Trains both, prints one table, draws one picture; returns the numbers of the table by run."""
     from rich.console import Console
 
-    from repo_ops.trainer.log import summary_table
+    from repo_ops.trainer.summary import summary_table
     from repo_ops.trainer.loop import train
     from repo_ops.trainer.report import draw_report
     from repo_ops.trainer.run import prepare

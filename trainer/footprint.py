@@ -114,7 +114,7 @@ def parts_at_peak(config: TrainConfig, shape: PretrainedConfig, device: torch.de
     """
     return {
         "activations of a micro-batch": activation_bytes(config, shape, device, work),
-        "head": head_bytes(shape, device, getattr(torch, config.dtype)),
+        "head": head_bytes(shape, device, getattr(torch, config.dtype), work),
         "keys and values while generating": cache_bytes(config, shape, work),
     }
 
@@ -130,12 +130,11 @@ def activation_bytes(config: TrainConfig, shape: PretrainedConfig, device: torch
     saved: dict[int, tuple[int, Any]] = {}
     with FakeTensorMode(), torch.device(device):
         model = AutoModelForCausalLM.from_config(shape, dtype=getattr(torch, config.dtype))
-        own = {id(p.untyped_storage()._cdata): p for p in model.parameters()}
-        own_keys = {p.untyped_storage()._cdata for p in own.values()}
+        own = {p.untyped_storage()._cdata for p in model.parameters()}
 
         def note(tensor: torch.Tensor) -> torch.Tensor:
             storage = tensor.untyped_storage()
-            if storage._cdata not in own_keys:
+            if storage._cdata not in own:
                 saved[storage._cdata] = (storage.nbytes(), storage)  # kept alive: its key stays its own
             return tensor
 
@@ -152,13 +151,16 @@ def activation_bytes(config: TrainConfig, shape: PretrainedConfig, device: torch
     return sum(number for number, _ in saved.values()) + mask.numel()
 
 
-def head_bytes(shape: PretrainedConfig, device: torch.device, dtype: torch.dtype) -> int:
-    """Bytes that the fused head holds beyond hidden states and gradients: its budget, or its tile on a GPU."""
+def head_bytes(shape: PretrainedConfig, device: torch.device, dtype: torch.dtype, work: Workload) -> int:
+    """Bytes that the fused head holds beyond hidden states and gradients: its tile, and sums in float32 of a 16-bit one.
+
+    A tile holds all completion tokens of the micro-batch, unless they are more than the budget (on a GPU: GPU_ROWS).
+    """
     text = shape.get_text_config()
-    if device.type == "cpu":
-        return CPU_BUDGET
-    tile = GPU_ROWS * 4 * (text.vocab_size + 3 * text.hidden_size)
-    return tile + (4 * text.vocab_size * text.hidden_size if dtype != torch.float32 else 0)
+    tile = 4 * (text.vocab_size + 3 * text.hidden_size) * work.rows * work.row
+    limit = CPU_BUDGET if device.type == "cpu" else GPU_ROWS * 4 * (text.vocab_size + 3 * text.hidden_size)
+    sums = 4 * text.vocab_size * text.hidden_size if dtype != torch.float32 else 0
+    return min(tile, limit) + sums
 
 
 def cache_bytes(config: TrainConfig, shape: PretrainedConfig, work: Workload) -> int:

@@ -11,6 +11,7 @@ import torch
 
 from repo_ops.trainer.failed import RunFailed
 from repo_ops.trainer.footprint import Workload, activation_bytes, memory_at_rest, parts_at_peak
+from repo_ops.trainer.run_record import has_reference
 from repo_ops.trainer.rollout import encode_prompts
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ def explain(run: Run, error: BaseException) -> str:
     prompts = encode_prompts(run.tokenizer, [example.prompt for example in run.task.train])
     work = Workload.of(run.config, prompts, run.max_new_tokens)
     device, shape = run.model.device, run.model.config
-    rest = memory_at_rest(run.model, reference=run.learner.reference is not None)
+    rest = memory_at_rest(run.model, reference=has_reference(run))
     peak = parts_at_peak(run.config, shape, device, work)
     cache = "keys and values while generating"
     absent = [name for name in peak if (name == cache) is not generating]

@@ -26,7 +26,7 @@ STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 76rem; margin: 2rem auto; padding: 0 1.5rem; }
 h1 { font-size: 1.5rem; margin: 0 0 .3rem; } h2 { font-size: 1.15rem; margin: 2.2rem 0 .6rem; }
 h3 { font-size: 1rem; margin: 1.2rem 0 .4rem; }
-p.what { color: #555; margin: .1rem 0; } img { width: 100%; height: auto; }
+p.what { color: #555; margin: .1rem 0; white-space: pre-line; } img { width: 100%; height: auto; }
 table { border-collapse: collapse; } td, th { text-align: left; padding: .25rem .8rem .25rem 0; vertical-align: top; }
 th { font-weight: 600; border-bottom: 1px solid #999; } td { border-bottom: 1px solid #e4e4e4; }
 td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }

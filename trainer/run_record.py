@@ -15,7 +15,7 @@ from repo_ops.trainer.footprint import memory_at_rest
 if TYPE_CHECKING:
     from repo_ops.trainer.run import Run
 
-__all__ = ["RECORD_FILE", "end_record", "read_record", "start_record"]
+__all__ = ["RECORD_FILE", "end_record", "has_reference", "read_record", "start_record"]
 
 RECORD_FILE = "run.json"
 
@@ -32,9 +32,14 @@ def start_record(run: Run, *, resumed_at: int | None = None) -> None:
         "device": f"{run.model.device} ({', '.join(device_names())})",
         "platform": platform.platform(),
         "versions": package_versions(),
-        "memory_at_rest": memory_at_rest(run.model, reference=run.learner.reference is not None),
+        "memory_at_rest": memory_at_rest(run.model, reference=has_reference(run)),
     }
     _write(run.folder, record)
+
+
+def has_reference(run: Run) -> bool:
+    """Whether a second model is kept for the KL; adapters that are switched off need none."""
+    return run.learner.reference not in (None, run.learner.backbone)
 
 
 def end_record(folder: Path, how: str) -> None:

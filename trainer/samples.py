@@ -59,11 +59,14 @@ def rows_of_step(step: int, groups: Sequence[Group], sequences: Sequence[ScoredS
 
 
 def spread(rows: Sequence[SampleRow], count: int) -> list[SampleRow]:
-    """At most `count` of the rows, from the worst fresh one to the best replayed one, evenly apart."""
-    ordered = sorted(rows, key=lambda row: (row["replayed"], row["reward"]))
-    if len(ordered) <= count:
-        return ordered
-    return [ordered[i * (len(ordered) - 1) // max(1, count - 1)] for i in range(count)]
+    """At most `count` of the rows: fresh ones from the worst to the best reward, then replayed ones likewise."""
+    parts = [[row for row in rows if row["replayed"] is replayed] for replayed in (False, True)]
+    parts = [sorted(part, key=lambda row: row["reward"]) for part in parts if part]
+    chosen = []
+    for index, part in enumerate(parts):
+        share = min(len(part), count // len(parts) + (index < count % len(parts)))
+        chosen += [part[i * (len(part) - 1) // max(1, share - 1)] for i in range(share)]
+    return chosen
 
 
 def sample_table(rows: Sequence[SampleRow], *, title: str) -> Table:

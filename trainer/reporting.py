@@ -1,0 +1,76 @@
+"""What surrounds the loop: the log with its trackers, words for what goes wrong, the report however a run ends."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+import torch
+
+from repo_ops.trainer.log import RunLog
+from repo_ops.trainer.out_of_memory import explained
+from repo_ops.trainer.profile import profiled
+from repo_ops.trainer.report import draw_report
+from repo_ops.trainer.report_page import write_page
+from repo_ops.trainer.run_record import end_record, start_record
+from repo_ops.trainer.trackers import Opening, open_trackers, tracker_names
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from repo_ops.trainer.run import Run
+
+__all__ = ["is_first_rank", "reporting"]
+
+
+@contextmanager
+def reporting(
+    run: Run, *, name: str, console: Console | None = None, resumed_at: int | None = None
+) -> Iterator[RunLog]:
+    """The log of a run. Leaving it, in whatever way, writes report.png and report.html.
+
+    Args:
+        name: of the run, in the progress bar and in the report.
+        resumed_at: step of the checkpoint that the run goes on from; None: a new run.
+    Raises:
+        RunFailed: memory ran out inside; the message says what was largest and what helps.
+    """
+    config, first = run.config, is_first_rank()
+    trackers = []
+    if first:
+        start_record(run, resumed_at=resumed_at)
+        opening = Opening(run.folder, config.project, run.folder.resolve().name, asdict(config), resumed_at)
+        trackers = open_trackers(tracker_names(config.report_to), opening)
+    log = RunLog(
+        run.folder,
+        name=name,
+        steps=config.steps,
+        every=config.log_steps,
+        console=console,
+        sample_steps=config.sample_steps,
+        sample_rows=config.sample_rows,
+        save_completions=config.save_completions,
+        trackers=trackers,
+        resumed_at=resumed_at,
+        silent=not first,
+    )
+    how = "finished"
+    try:
+        with log, explained(run), profiled(config.profile_steps, run.folder, run.model.device) as log.step_done:
+            yield log
+    except BaseException as error:
+        how = f"stopped: {str(error) or type(error).__name__}"
+        raise
+    finally:
+        if first:
+            end_record(run.folder, how)
+            picture = draw_report({name: run.folder}, run.folder / "report.png", title=run.describe())
+            write_page({name: run.folder}, run.folder / "report.html", picture=picture)
+
+
+def is_first_rank() -> bool:
+    """Whether this process is the one of all ranks that speaks and writes."""
+    distributed = torch.distributed
+    return not (distributed.is_available() and distributed.is_initialized()) or distributed.get_rank() == 0
