@@ -59,8 +59,6 @@ class Progress:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
-            if kind is None and self.run.config.save_steps:
-                self._save()
             self._checkpoints.finish()
             if kind is Interrupted:
                 raise self._stopped() from None
@@ -85,10 +83,10 @@ class Progress:
     def logged(self) -> None:
         """Nothing of the step is left to do: it is saved where it is due, and the run ends here if it was asked to."""
         self.unfinished, self._at = None, None
-        config = self.run.config
-        if self.done < config.steps:
-            if config.save_steps and self.done and self.done % config.save_steps == 0:
-                self._save()
+        every, last = self.run.config.save_steps, self.done == self.run.config.steps
+        if every and self.done and (last or self.done % every == 0):
+            self._save()
+        if not last:  # behind the last step there is only the export, which is worth waiting for
             self._check()
 
     def _check(self) -> None:

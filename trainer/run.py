@@ -18,6 +18,7 @@ from repo_ops.trainer.config import TrainConfig
 from repo_ops.trainer.data import PromptStream
 from repo_ops.trainer.learner import Learner, reads_top_logps
 from repo_ops.trainer.models import load_model
+from repo_ops.trainer.publish import check_hub
 from repo_ops.trainer.resume import checkpoint_of, restore
 from repo_ops.trainer.rewards import RewardFunction, load_reward
 from repo_ops.trainer.rollout import RolloutEngine
@@ -83,6 +84,7 @@ def prepare(config: TrainConfig) -> Run:
     device = _device(config.device)
     two = torch.zeros(2)
     repo_ops.group_advantages(two, two.long(), off_policy=two.bool(), lengths=two.long(), **config.advantages)
+    check_hub(config.push_to_hub)
     notes: list[str] = []
     checkpoint = checkpoint_of(config, notes.append)
     buffer = None
