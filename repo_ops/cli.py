@@ -25,7 +25,7 @@ def train(arguments: Sequence[str]) -> None:
 
     try:
         run = prepare(config)
-    except (ValueError, ImportError) as error:
+    except (ValueError, ImportError, RunFailed) as error:
         _refuse("train", str(error))
     try:
         found = train(run, name=config.objective)
@@ -72,10 +72,26 @@ def bench(arguments: Sequence[str]) -> None:
     raise SystemExit(main(arguments))
 
 
+def report(arguments: Sequence[str]) -> None:
+    """Make report.html of a run again, or of several runs side by side."""
+    from repo_ops.trainer.report_page import main
+
+    main(arguments)
+
+
+def doctor(arguments: Sequence[str]) -> None:
+    """Versions, devices, the backend that is chosen and why, and a test of it; for bug reports."""
+    from repo_ops.doctor import main
+
+    raise SystemExit(main(arguments))
+
+
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "train": train,
     "demo": demo,
+    "report": report,
     "plan": plan,
+    "doctor": doctor,
     "kernels": kernels,
     "bench": bench,
 }

@@ -67,13 +67,14 @@ def demo_configs(demo: Demo) -> dict[str, TrainConfig]:
 
 
 def run_demo(demo: Demo, console: Console | None = None) -> dict[str, dict[str, float]]:
-    """Trains both, prints one table, draws one picture; returns the numbers of the table by run."""
+    """Trains both, prints one table, draws one picture and one page; returns the numbers of the table by run."""
     from rich.console import Console
 
-    from repo_ops.trainer.summary import summary_table
     from repo_ops.trainer.loop import train
     from repo_ops.trainer.report import draw_report
+    from repo_ops.trainer.report_page import write_page
     from repo_ops.trainer.run import prepare
+    from repo_ops.trainer.summary import summary_table
 
     console = console or Console()
     configs = demo_configs(demo)
@@ -82,5 +83,6 @@ def run_demo(demo: Demo, console: Console | None = None) -> dict[str, dict[str, 
     console.print(summary_table(found, title=title, caption=CAPTION))
     folders = {name: Path(config.output_dir) for name, config in configs.items()}
     picture = draw_report(folders, Path(demo.output_dir) / "report.png", title=title)
-    console.print(f"picture: {picture}", highlight=False, soft_wrap=True)
+    page = write_page(folders, Path(demo.output_dir) / "report.html", picture=picture, title=title)
+    console.print(f"picture and report: {picture}, {page}", highlight=False, soft_wrap=True)
     return found

@@ -152,7 +152,7 @@ def activation_bytes(config: TrainConfig, shape: PretrainedConfig, device: torch
 
 
 def head_bytes(shape: PretrainedConfig, device: torch.device, dtype: torch.dtype, work: Workload) -> int:
-    """Bytes that the fused head holds beyond hidden states and gradients: its tile, and sums in float32 of a 16-bit one.
+    """Bytes that the fused head holds beyond hidden states and gradients: its tile, and float32 sums for 16-bit weights.
 
     A tile holds all completion tokens of the micro-batch, unless they are more than the budget (on a GPU: GPU_ROWS).
     """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import base64
 import math
 from collections.abc import Mapping, Sequence
@@ -9,13 +10,13 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from repo_ops.trainer.log import read_metrics
-from repo_ops.trainer.report import RUN_COLOURS
+from repo_ops.trainer.log import METRICS_FILE, read_metrics
+from repo_ops.trainer.report import RUN_COLOURS, draw_report
 from repo_ops.trainer.run_record import read_record
 from repo_ops.trainer.samples import SampleRow, read_samples
 from repo_ops.trainer.summary import summarize_run, summary_rows
 
-__all__ = ["write_page"]
+__all__ = ["main", "write_page"]
 
 MIB = 1 << 20
 SAMPLED_STEPS = 5
@@ -27,7 +28,7 @@ body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 76rem; marg
 h1 { font-size: 1.5rem; margin: 0 0 .3rem; } h2 { font-size: 1.15rem; margin: 2.2rem 0 .6rem; }
 h3 { font-size: 1rem; margin: 1.2rem 0 .4rem; }
 p.what { color: #555; margin: .1rem 0; white-space: pre-line; } img { width: 100%; height: auto; }
-table { border-collapse: collapse; } td, th { text-align: left; padding: .25rem .8rem .25rem 0; vertical-align: top; }
+table { border-collapse: collapse; } td, th { text-align: left; white-space: pre-wrap; padding: .25rem .8rem .25rem 0; vertical-align: top; }
 th { font-weight: 600; border-bottom: 1px solid #999; } td { border-bottom: 1px solid #e4e4e4; }
 td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 pre { font: 13px/1.4 ui-monospace, monospace; white-space: pre-wrap; overflow-wrap: anywhere; margin: 0; }
@@ -131,8 +132,8 @@ def _memory(records: Mapping[str, Mapping[str, Any]]) -> str:
     if not names:
         return ""
     found = {run: record.get("memory_at_rest", {}) for run, record in records.items()}
-    rows = [[part, *(f"{parts.get(part, 0) / MIB:.0f}" for parts in found.values())] for part in names]
-    rows.append(["together", *(f"{sum(parts.values()) / MIB:.0f}" for parts in found.values())])
+    rows = [[part, *(f"{parts.get(part, 0) / MIB:.1f}" for parts in found.values())] for part in names]
+    rows.append(["together", *(f"{sum(parts.values()) / MIB:.1f}" for parts in found.values())])
     return "<h2>Memory that stays from step to step, MiB</h2>" + _table(["", *records], rows)
 
 
@@ -209,3 +210,25 @@ def _versions(records: Mapping[str, Mapping[str, Any]]) -> str:
     rows = [[name, *(record.get("versions", {}).get(name, "-") for record in records.values())] for name in names]
     rows.append(["platform", *(record.get("platform", "-") for record in records.values())])
     return f"<details><summary>Versions</summary>{_table(['', *records], rows)}</details>"
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Make the report of a finished run again, or of several side by side."""
+    parser = argparse.ArgumentParser(prog="repo-ops report", description=(main.__doc__ or "").strip())
+    parser.add_argument("runs", nargs="+", type=Path, help=f"folders of runs, at most {len(RUN_COLOURS)}")
+    parser.add_argument("--output", type=Path, help="report.html to write, its picture beside it (default: in the run)")
+    options = parser.parse_args(arguments)
+    if len(options.runs) > len(RUN_COLOURS):
+        parser.error(f"expected at most {len(RUN_COLOURS)} runs, got {len(options.runs)}")
+    for folder in options.runs:
+        if not (folder / METRICS_FILE).exists():
+            parser.error(f"expected folders with {METRICS_FILE}, got {folder}")
+    if len(options.runs) > 1 and options.output is None:
+        parser.error("several runs need --output FILE.html")
+    names = [folder.resolve().name for folder in options.runs]
+    if len(set(names)) < len(names):
+        names = [str(folder) for folder in options.runs]
+    runs = dict(zip(names, options.runs, strict=True))
+    path = options.output or options.runs[0] / "report.html"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    print(write_page(runs, path, picture=draw_report(runs, path.with_suffix(".png"))))
