@@ -4,6 +4,7 @@ from repo_ops import replay
 from repo_ops.advantages import group_advantages
 from repo_ops.linear_logps import TokenStats, linear_logps
 from repo_ops.linear_policy_loss import linear_policy_loss
+from repo_ops.linear_stats import VocabularyStats, linear_stats
 from repo_ops.loss_inputs import PolicyLoss
 from repo_ops.metrics import Stat, summarize
 from repo_ops.objectives import Objective, get_objective, objective_names
@@ -24,10 +25,12 @@ __all__ = [
     "Stat",
     "TokenStats",
     "Tokens",
+    "VocabularyStats",
     "get_objective",
     "group_advantages",
     "linear_logps",
     "linear_policy_loss",
+    "linear_stats",
     "objective_names",
     "policy_loss",
     "replay",

@@ -34,7 +34,15 @@ class HeadSettings:
             raise TypeError("adapter: expected a pair (scaling * hidden @ A.T [..., r], B [V, r]), as of a LoRA head")
 
 
-def head_inputs(hidden: Tensor, weight: Tensor, targets: Tensor, where: Layout, settings: HeadSettings) -> HeadInputs:
+def head_inputs(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    where: Layout,
+    settings: HeadSettings,
+    *,
+    accumulate_weight_grad: bool = False,
+) -> HeadInputs:
     """The checked head over its live rows.
 
     Raises:
@@ -78,7 +86,28 @@ def head_inputs(hidden: Tensor, weight: Tensor, targets: Tensor, where: Layout, 
         group,
         owned,
         max(shard_sizes),
+        accumulate_weight_grad and _accumulates(weight),
     )
+
+
+def _accumulates(weight: Tensor) -> bool:
+    """Whether the gradient of `weight` can be added to its .grad; False for a frozen weight."""
+    if not (weight.requires_grad and torch.is_grad_enabled()):
+        return False
+    name, grad = "options.accumulate_weight_grad", weight.grad if weight.is_leaf else None
+    if not weight.is_leaf:
+        raise ValueError(f"{name}: expected a leaf as weight, got one that was computed; pass the parameter itself")
+    if weight.dtype != torch.float32:
+        raise ValueError(
+            f"{name}: expected a float32 weight, got {weight.dtype}, in which sums lose bits; leave it False"
+        )
+    if weight._backward_hooks or getattr(weight, "_post_accumulate_grad_hooks", None):
+        raise ValueError(f"{name}: expected a weight without gradient hooks, which would see nothing; leave it False")
+    if grad is not None and not grad.is_contiguous():
+        raise ValueError(
+            f"{name}: expected a contiguous weight.grad, got strides {grad.stride()}; set it to None first"
+        )
+    return True
 
 
 def _check_head_tensor(name: str, value: Tensor, device: torch.device) -> None:

@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from repo_ops.arguments import Layout, layout
-from repo_ops.head import gemm, support, sweep
-from repo_ops.head.gradients import Gradients
-from repo_ops.head.inputs import RowStats
-from repo_ops.head.plan import make_plan
-from repo_ops.head_arguments import HeadSettings, head_inputs
-from repo_ops.options import Options, as_options
+from repo_ops.linear_stats import linear_stats
+from repo_ops.options import Options
 
 
 class TokenStats(NamedTuple):
@@ -70,49 +64,19 @@ def linear_logps(
     Raises:
         TypeError, ValueError: shapes, dtypes or values disagree; the message names the argument.
     """
-    where = layout(targets, mask, None)
-    settings = HeadSettings(bias, temperature, softcap, logit_scale, adapter, tp_group)
-    logps, entropy = head_logps(hidden, weight, targets, where, settings, with_entropy, support_ids, options)
-    return TokenStats(where.put(logps), None if entropy is None else where.put(entropy))
-
-
-def head_logps(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    where: Layout,
-    settings: HeadSettings,
-    with_entropy: bool,
-    support_ids: Tensor | None,
-    options: Options | None,
-) -> tuple[Tensor, Tensor | None]:
-    """[L] log-probabilities and entropies of the live tokens of `where`, attached."""
-    head = head_inputs(hidden, weight, targets, where, settings)
-    plan = make_plan(head, as_options(options))
-    if support_ids is not None:
-        return support.logps(head, support.checked(support_ids, head, where), plan, with_entropy)
-    return _LinearLogps.apply(*head.tensors, head, plan, with_entropy)
-
-
-class _LinearLogps(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor | None]:
-        *tensors, head, plan, with_entropy = arguments
-        with gemm.without_autocast(head.hidden):
-            stats = sweep.statistics(head, plan, with_entropy=with_entropy)
-        ctx.save_for_backward(*tensors, *stats)
-        ctx.head, ctx.plan = head, plan
-        ctx.set_materialize_grads(False)
-        return stats.logps, stats.entropy
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, dlogps: Tensor | None, dentropy: Tensor | None) -> tuple[Tensor | None, ...]:
-        num_tensors = len(ctx.head.tensors)
-        stats = RowStats(*ctx.saved_tensors[num_tensors:])
-        grads = Gradients(ctx.head, ctx.needs_input_grad[:num_tensors])
-        if dlogps is None:
-            dlogps = torch.zeros_like(stats.logps)
-        with gemm.without_autocast(dlogps):
-            sweep.gradients(ctx.head, ctx.plan, stats, dlogps, dentropy, grads)
-        return (*grads.finish(), None, None, None)
+    found = linear_stats(
+        hidden,
+        weight,
+        targets,
+        statistics=("entropy",) if with_entropy else (),
+        bias=bias,
+        temperature=temperature,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        mask=mask,
+        support_ids=support_ids,
+        adapter=adapter,
+        tp_group=tp_group,
+        options=options,
+    )
+    return TokenStats(found.logps, found.entropy)

@@ -7,7 +7,7 @@ and asks `step_loss.coefficients` for d loss / d logp of each row; `Gradients` g
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,19 +15,20 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from repo_ops.arguments import Layout, layout
-from repo_ops.head import gemm, sweep
+from repo_ops import compiled
+from repo_ops.arguments import Layout, check_values, layout
+from repo_ops.head import gemm, support, sweep
 from repo_ops.head.gradients import Gradients
-from repo_ops.head.inputs import HeadInputs, RowStats, exact_dtype
+from repo_ops.head.inputs import HeadInputs, RowStats, Wanted, exact_dtype
 from repo_ops.head.plan import Plan, make_plan
 from repo_ops.head_arguments import HeadSettings, head_inputs
-from repo_ops.linear_logps import head_logps
 from repo_ops.loss_inputs import LossInputs, ObjectiveLike, PolicyLoss, loss_inputs
 from repo_ops.metrics import Stat
-from repo_ops.objectives import as_objective
+from repo_ops.objectives import Objective, as_objective
 from repo_ops.options import Options, as_options
 from repo_ops.reduce import NumItemsLike
 from repo_ops.step_loss import coefficients, loss_metrics, step_loss
+from repo_ops.tokens import Tokens
 
 
 def linear_policy_loss(
@@ -87,46 +88,104 @@ def linear_policy_loss(
     Source: arXiv 2506.09340 for J_on + c J_off.
     """
     options = as_options(options)
-    chosen = as_objective(objective)
-    where = layout(targets, mask, cu_seqlens)
-    inputs = loss_inputs(
-        chosen,
-        where,
-        advantages,
-        old_logps=old_logps,
-        ref_logps=ref_logps,
-        sampler_logps=sampler_logps,
-        extras=extras,
-        off_policy=off_policy,
-        off_policy_coef=off_policy_coef,
-        num_items=num_items,
-        drop_zero_advantage=not options.all_logps,
-        dtype=exact_dtype(hidden, weight),
-    )
+    given = {
+        "advantages": advantages,
+        "old_logps": old_logps,
+        "ref_logps": ref_logps,
+        "sampler_logps": sampler_logps,
+        "off_policy": off_policy,
+        "cu_seqlens": cu_seqlens,
+    }
+    if torch.compiler.is_compiling():
+        tensors = compiled.HeadTensors(bias, temperature, mask, support_ids, adapter, tp_group)
+        return compiled.linear_policy_loss(
+            hidden, weight, targets, given, extras, num_items, tensors, off_policy_coef, softcap, logit_scale,
+            objective, options,
+        )  # fmt: skip
     settings = HeadSettings(bias, temperature, softcap, logit_scale, adapter, tp_group)
-    with_entropy = "entropy" in chosen.reads
-    if support_ids is None:
-        head = head_inputs(hidden, weight, targets, inputs.where, settings)
-        call = _Call(head, inputs, make_plan(head, options), with_entropy)
-        loss, logps, entropy = _LinearPolicyLoss.apply(*head.tensors, call, torch.is_grad_enabled())
-    else:
-        attached = head_logps(hidden, weight, targets, inputs.where, settings, with_entropy, support_ids, options)
-        loss = step_loss(chosen, inputs.tokens(*attached, slice(None), inputs.lengths), inputs.weights)
-        logps, entropy = (None if x is None else x.detach() for x in attached)
-    loss = loss if inputs.constant is None else loss + inputs.constant
-    metrics = loss_metrics(chosen, inputs.tokens(logps, entropy, slice(None), inputs.lengths))
-    metrics["live"] = Stat(*(logps.new_tensor(float(n)) for n in (inputs.where.num_live, where.num_live)))
-    placed = _placed(logps, inputs.where, where)
-    assert placed is not None
-    return PolicyLoss(loss, placed, _placed(entropy, inputs.where, where), metrics)
+    call = prepare(
+        hidden, weight, targets, mask, settings, as_objective(objective), options,
+        extras=extras, off_policy_coef=off_policy_coef, num_items=num_items, **given,
+    )  # fmt: skip
+    if support_ids is not None:
+        return over_support(call, support_ids)
+    return call.result(*_LinearPolicyLoss.apply(*call.head.tensors, call, torch.is_grad_enabled()))
 
 
 @dataclass(frozen=True, eq=False)
-class _Call:
+class Call:
+    """A checked call: what is swept over, and what the objective reads."""
+
     head: HeadInputs
     inputs: LossInputs
     plan: Plan
-    with_entropy: bool
+    where: Layout
+    """Of the tokens under the mask; `inputs.where` leaves out those known to carry no gradient."""
+
+    @property
+    def wanted(self) -> Wanted:
+        """The statistics that the objective reads beside log-probabilities."""
+        return Wanted(entropy="entropy" in self.inputs.objective.reads)
+
+    def tokens(self, logps: Tensor, entropy: Tensor | None) -> Tokens:
+        """All live tokens with these log-probabilities."""
+        return self.inputs.tokens(logps, entropy, slice(None), self.inputs.lengths)
+
+    def result(self, loss: Tensor, logps: Tensor, entropy: Tensor | None) -> PolicyLoss:
+        """What the caller gets: the loss of the live tokens with what tokens-less sequences add, placed statistics."""
+        inputs = self.inputs
+        loss = loss if inputs.constant is None else loss + inputs.constant
+        metrics = loss_metrics(inputs.objective, self.tokens(logps, entropy))
+        metrics["live"] = Stat(*(logps.new_tensor(float(n)) for n in (inputs.where.num_live, self.where.num_live)))
+        placed = _placed(logps, inputs.where, self.where)
+        assert placed is not None
+        return PolicyLoss(loss, placed, _placed(entropy, inputs.where, self.where), metrics)
+
+
+def prepare(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    mask: Tensor | None,
+    settings: HeadSettings,
+    objective: Objective,
+    options: Options,
+    *,
+    cu_seqlens: Tensor | None,
+    **given: Any,
+) -> Call:
+    """The checked call; `given` are the other arguments of `loss_inputs`.
+
+    Raises:
+        TypeError, ValueError: as `linear_policy_loss`.
+    """
+    where = layout(targets, mask, cu_seqlens)
+    inputs = loss_inputs(
+        objective, where, drop_zero_advantage=not options.all_logps, dtype=exact_dtype(hidden, weight), **given
+    )
+    accumulate = options.accumulate_weight_grad
+    head = head_inputs(hidden, weight, targets, inputs.where, settings, accumulate_weight_grad=accumulate)
+    return Call(head, inputs, make_plan(head, options), where)
+
+
+def evaluate(call: Call, needs: Sequence[bool]) -> tuple[Tensor, RowStats, Gradients]:
+    """The loss of the live tokens, their statistics, and the gradients of `call.head.tensors` that are needed.
+
+    Gradients of float16 tensors are still float32: a gradient scaler multiplies them before they are rounded.
+    """
+    grads = Gradients(call.head, needs, rounds_float16=False)
+    with gemm.without_autocast(call.head.hidden):
+        loss, stats = _sweep(call, grads)
+    return loss, stats, grads
+
+
+def over_support(call: Call, support_ids: Tensor) -> PolicyLoss:
+    """The loss over the tokens that a truncated sampler kept, by autograd: [N, K] logits are small."""
+    ids = support.checked(support_ids, call.head, call.inputs.where)
+    logps, entropy, *_ = support.statistics(call.head, ids, call.plan, call.wanted)
+    assert logps is not None
+    loss = step_loss(call.inputs.objective, call.tokens(logps, entropy), call.inputs.weights)
+    return call.result(loss, logps.detach(), None if entropy is None else entropy.detach())
 
 
 class _LinearPolicyLoss(torch.autograd.Function):
@@ -134,10 +193,8 @@ class _LinearPolicyLoss(torch.autograd.Function):
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor, Tensor | None]:
         *tensors, call, grad_enabled = arguments
         needs = [grad_enabled and need for need in ctx.needs_input_grad[: len(tensors)]]
-        grads = Gradients(call.head, needs, rounds_float16=False)
-        with gemm.without_autocast(call.head.hidden):
-            loss, stats = _sweep(call, grads)
-        ctx.grads = grads.finish()
+        loss, stats, grads = evaluate(call, needs)
+        ctx.grads, ctx.weight, ctx.weight_grad = grads.finish(), call.head.weight, grads.weight_grad
         ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in tensors]
         ctx.mark_non_differentiable(stats.logps, *([] if stats.entropy is None else [stats.entropy]))
         return loss, stats.logps, stats.entropy
@@ -151,19 +208,31 @@ class _LinearPolicyLoss(torch.autograd.Function):
                 "handed over by the first one, so call linear_policy_loss again"
             )
         grads, ctx.grads = ctx.grads, None
+        if ctx.weight_grad is not None:
+            _check_accumulated(ctx.weight, ctx.weight_grad, dloss)
         is_one = dloss.device.type == "cpu" and dloss.item() == 1.0  # elsewhere reading it would wait for the device
         scaled = [g if g is None or is_one else g.mul_(dloss.to(g.dtype)) for g in grads]
         return (*(g if g is None else g.to(dtype) for g, dtype in zip(scaled, ctx.dtypes, strict=True)), None, None)
 
 
-def _sweep(call: _Call, grads: Gradients) -> tuple[Tensor, RowStats]:
+def _check_accumulated(weight: Tensor, weight_grad: Tensor, dloss: Tensor) -> None:
+    name = "options.accumulate_weight_grad"
+    if weight.grad is not weight_grad:
+        raise RuntimeError(
+            f"{name}: expected the weight.grad that the loss added to, got another; call zero_grad before the loss, "
+            "not between it and backward"
+        )
+    check_values(name, dloss == 1, "a backward from the loss itself, with gradient 1", "scale it by num_items instead")
+
+
+def _sweep(call: Call, grads: Gradients) -> tuple[Tensor, RowStats]:
     """The loss and the statistics of live rows; gradients go to `grads`, in as few passes as the scope allows."""
     head, inputs, plan = call.head, call.inputs, call.plan
     by_kernel = plan.backend == "triton"
     chunks = _chunks(call) if grads.wanted else None
     if chunks is None:
-        stats = sweep.statistics(head, plan, with_entropy=call.with_entropy)
-        tokens = inputs.tokens(stats.logps, stats.entropy, slice(None), inputs.lengths)
+        stats = sweep.statistics(head, plan, wanted=call.wanted)
+        tokens = call.tokens(stats.logps, stats.entropy)
         found = coefficients(inputs.objective, tokens, inputs.weights, by_kernel=by_kernel)
         if grads.wanted:
             sweep.gradients(head, plan, stats, found.dlogps, found.dentropy, grads)
@@ -177,11 +246,11 @@ def _sweep(call: _Call, grads: Gradients) -> tuple[Tensor, RowStats]:
         return found.dlogps, found.dentropy
 
     spans = [slice(*span) for span in chunks]
-    stats = sweep.one_sweep(head, plan, spans, rule, grads, with_entropy=call.with_entropy)
+    stats = sweep.one_sweep(head, plan, spans, rule, grads, wanted=call.wanted)
     return torch.stack(losses).sum(), stats
 
 
-def _chunks(call: _Call) -> dict[tuple[int, int], Tensor | None] | None:
+def _chunks(call: Call) -> dict[tuple[int, int], Tensor | None] | None:
     """(first row, end) -> lengths of the whole sequences in a chunk that its objective can judge by itself.
 
     Lengths are None for scope "token", which may cut sequences. None where there are no such chunks, so that

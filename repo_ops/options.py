@@ -38,6 +38,11 @@ class Options:
     """Also return log-probabilities of tokens whose gradient is known to be zero before the first GEMM (zero advantage,
     no KL and no entropy term). False: such tokens are not computed and their log-probability is NaN."""
 
+    accumulate_weight_grad: bool = False
+    """Add the gradient of a float32 weight to `weight.grad` as it is formed, instead of handing over a second [V, D]
+    tensor to be added: for many micro-batches. `linear_policy_loss` adds it in its forward, so call backward on the
+    loss itself (unscaled: `num_items` scales; anything else is an error), and do not count on gradient hooks."""
+
     def __post_init__(self) -> None:
         if self.backend not in ("auto", "torch", "triton"):
             raise ValueError(f"options.backend: expected 'auto', 'torch' or 'triton', got {self.backend!r}")
@@ -51,8 +56,9 @@ class Options:
                 f"options.memory_budget: expected bytes, at least {MIB} (1 MiB), got {budget}; "
                 "pass None for the default of the device"
             )
-        if not isinstance(self.all_logps, bool):
-            raise TypeError(f"options.all_logps: expected True or False, got {self.all_logps!r}")
+        for name in ("all_logps", "accumulate_weight_grad"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"options.{name}: expected True or False, got {getattr(self, name)!r}")
         if self.logits_dtype is not None and self.logits_dtype not in LOGITS_DTYPES:
             raise ValueError(f"options.logits_dtype: expected a floating dtype or None, got {self.logits_dtype}")
 

@@ -21,6 +21,7 @@ LOSS = {
 
 # name -> (positional parameters, keyword-only parameters that must be there; more may follow)
 FUNCTIONS = {
+    "linear_stats": (["hidden", "weight", "targets"], HEAD | {"mask", "statistics"}),
     "linear_logps": (["hidden", "weight", "targets"], HEAD | {"mask", "with_entropy"}),
     "linear_policy_loss": (["hidden", "weight", "targets", "advantages"], HEAD | LOSS),
     "policy_loss": (["logps", "advantages"], LOSS),
@@ -28,7 +29,17 @@ FUNCTIONS = {
     "get_objective": (["name"], set()),
     "objective_names": ([], set()),
 }
-VALUES = {"NumItems", "Objective", "Options", "PolicyLoss", "ReplayBuffer", "Stat", "TokenStats", "Tokens"}
+VALUES = {
+    "NumItems",
+    "Objective",
+    "Options",
+    "PolicyLoss",
+    "ReplayBuffer",
+    "Stat",
+    "TokenStats",
+    "Tokens",
+    "VocabularyStats",
+}
 PUBLIC = sorted({*FUNCTIONS, *VALUES, "replay", "summarize"})
 
 

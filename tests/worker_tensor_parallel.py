@@ -3,7 +3,7 @@
 import torch
 import torch.distributed as dist
 
-from repo_ops import Options, get_objective, linear_logps, linear_policy_loss
+from repo_ops import Options, get_objective, linear_logps, linear_policy_loss, linear_stats
 
 V, CUTS = 101, (0, 70, 101)
 HEADS = {"plain": {}, "capped": {"softcap": 4.0, "logit_scale": 0.9, "temperature": 0.7}}
@@ -20,6 +20,7 @@ def main():
     hidden, weight, bias = torch.randn(3, 5, 8), torch.randn(V, 8), torch.randn(V)
     adapter = torch.randn(3, 5, 2), torch.randn(V, 2)
     targets, mask, advantages = torch.randint(0, V, (3, 5)), torch.rand(3, 5) < 0.8, torch.randn(3)
+    targets[:, 0] = (hidden[:, 0] @ weight.T + bias + adapter[0][:, 0] @ adapter[1].T).argmax(-1)
     dlogps, dentropy = torch.randn(3, 5), torch.randn(3, 5)
     objective = get_objective("gspo", entropy_coef=0.1)
 
@@ -31,7 +32,9 @@ def main():
         first = torch.autograd.grad((stats.logps * dlogps + stats.entropy * dentropy).sum(), tensors)
         found = linear_policy_loss(h, w, targets, advantages, objective=objective, options=Options(), **head)
         second = torch.autograd.grad(found.loss, tensors)
-        return [stats.logps, stats.entropy, found.loss.reshape(1)], [first, second]
+        beyond = linear_stats(h, w, targets, **head)
+        values = [stats.logps, stats.entropy, found.loss.reshape(1), beyond.sum_p2, beyond.is_argmax.float()]
+        return values, [first, second]
 
     for name, head in HEADS.items():
         values, both = grads(weight[shard], bias[shard], adapter[1][shard], dist.group.WORLD, head)

@@ -23,6 +23,8 @@ class ProductGradients:
     every_row_is_written: bool
     accumulation_dtype: torch.dtype
     rounds_float16: bool
+    weight_grad: Tensor | None = None
+    """The weight's existing .grad, which is added to; None: a new tensor is handed over."""
     hidden: Tensor | None = field(default=None, init=False)
     weight: Tensor | None = field(default=None, init=False)
     _chunks: int = field(default=0, init=False)
@@ -32,7 +34,9 @@ class ProductGradients:
         if self.need_hidden:
             new = torch.empty_like if self.every_row_is_written else torch.zeros_like
             self.hidden = new(hidden, dtype=self._result_dtype(hidden), memory_format=torch.contiguous_format)
-        if self.need_weight:
+        if self.need_weight and self.weight_grad is not None:
+            self.weight = self.weight_grad
+        elif self.need_weight:
             self.weight = torch.empty_like(weight, dtype=self.accumulation_dtype, memory_format=torch.contiguous_format)
 
     def add(self, rows: Tensor | slice, hidden: Tensor, grads: RowGrads, tp_group: dist.ProcessGroup | None) -> None:
@@ -46,11 +50,14 @@ class ProductGradients:
             self.hidden[rows] = dhidden.to(self.hidden.dtype)
         if self.weight is not None:
             scaled = hidden if scale is None else hidden * scale[:, None]
-            gemm.add_weight_grad_(self.weight, dlogits, scaled, self.product.weight, first=self._chunks == 0)
+            first = self._chunks == 0 and self.weight_grad is None
+            gemm.add_weight_grad_(self.weight, dlogits, scaled, self.product.weight, first=first)
         self._chunks += 1
 
     def finish(self) -> tuple[Tensor | None, Tensor | None]:
         """(dhidden, dweight) in the dtypes of their tensors."""
+        if self.weight_grad is not None:
+            return self.hidden, None
         if self._chunks == 0 and self.weight is not None:
             self.weight.zero_()
         return self.hidden, None if self.weight is None else self.weight.to(self._result_dtype(self.product.weight))
@@ -62,6 +69,13 @@ class ProductGradients:
 def result_dtype(tensor: Tensor, exact: torch.dtype, rounds_float16: bool) -> torch.dtype:
     """Dtype in which the gradient of `tensor` leaves the sweep."""
     return exact if tensor.dtype == torch.float16 and not rounds_float16 else tensor.dtype
+
+
+def _weight_grad(weight: Tensor) -> Tensor:
+    """weight.grad, zeros where there was none."""
+    if weight.grad is None:
+        weight.grad = torch.zeros_like(weight, memory_format=torch.contiguous_format)
+    return weight.grad
 
 
 class Gradients:
@@ -76,10 +90,11 @@ class Gradients:
         self.head = head
         self.rounds_float16 = rounds_float16
         self.wanted = any(needs)
-        pairs = zip(head.products, [needs[:2], needs[3:]], strict=False)
+        self.weight_grad = _weight_grad(head.weight) if head.accumulates and needs[1] else None
+        pairs = zip(head.products, [needs[:2], needs[3:]], [self.weight_grad, None], strict=False)
         self.products = [
-            ProductGradients(product, need[0], need[1], head.rows is None, head.exact_dtype, rounds_float16)
-            for product, need in pairs
+            ProductGradients(product, *need, head.rows is None, head.exact_dtype, rounds_float16, weight_grad)
+            for product, need, weight_grad in pairs
         ]
         bias = needs[2]
         self.bias = torch.zeros_like(head.bias, dtype=head.exact_dtype) if bias and head.bias is not None else None

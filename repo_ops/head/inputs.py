@@ -51,6 +51,8 @@ class HeadInputs:
     """[N] bool, targets that lie in this rank's shard; None without tp_group."""
     largest_shard: int = 0
     """V, or that of the largest shard, so that all ranks of a tp_group cut the same chunks."""
+    accumulates: bool = False
+    """Whether the gradient of `weight` is added to weight.grad as it is formed, instead of being handed over."""
 
     @property
     def products(self) -> list[Product]:
@@ -103,6 +105,14 @@ class Scaling(NamedTuple):
         return self._replace(inv_temperature=inv[block]) if isinstance(inv, Tensor) else self
 
 
+class Wanted(NamedTuple):
+    """Statistics of a row beyond its log-probability; what is not wanted is not computed."""
+
+    entropy: bool = False
+    sum_p2: bool = False
+    is_argmax: bool = False
+
+
 class RowStats(NamedTuple):
     """What a row of logits z leaves behind; [C] each, float32 (float64 for float64 inputs)."""
 
@@ -116,12 +126,14 @@ class RowStats(NamedTuple):
     entry_logps: Tensor | None = None
     """Log-probability of the entry that `targets` names in this rank's vocabulary shard, where the target may lie in
     another; None where it is the target itself."""
+    sum_p2: Tensor | None = None
+    """sum p^2, in (0, 1], where asked for."""
+    is_argmax: Tensor | None = None
+    """bool, whether no entry is likelier than the target, where asked for."""
 
     def rows(self, chunk: slice | Tensor) -> RowStats:
         """The statistics of some rows."""
-        entropy = None if self.entropy is None else self.entropy[chunk]
-        entry = None if self.entry_logps is None else self.entry_logps[chunk]
-        return RowStats(self.logps[chunk], self.row_max[chunk], self.log_sum[chunk], entropy, entry)
+        return RowStats(*(None if values is None else values[chunk] for values in self))  # type: ignore[arg-type]
 
 
 class RowGrads(NamedTuple):

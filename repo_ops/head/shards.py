@@ -42,10 +42,17 @@ def combine(stats: RowStats, owned: Tensor, group: dist.ProcessGroup) -> RowStat
     if stats.entropy is not None:
         # sum of e^(z - peak) (z - peak) over the shard
         sums.append(torch.where(share > 0, share * (stats.log_sum - stats.entropy + shift), 0.0))
+    if stats.sum_p2 is not None:
+        sums.append(stats.sum_p2 * share.square())
+    if stats.is_argmax is not None:
+        sums.append((owned & stats.is_argmax & (shift == 0)).to(share.dtype))
     joined = torch.stack(sums)
     dist.all_reduce(joined, group=group)
     log_total = joined[0].log()
     entropy = None if stats.entropy is None else (log_total - joined[2] / joined[0]).clamp_min(0.0)
     log_sum = log_total - shift
     entry_logps = stats.logps + stats.log_sum - log_sum
-    return RowStats((joined[1] - log_total).clamp_max(0.0), stats.row_max, log_sum, entropy, entry_logps)
+    sum_p2 = None if stats.sum_p2 is None else joined[2 + (entropy is not None)] / joined[0].square()
+    is_argmax = None if stats.is_argmax is None else joined[-1] > 0
+    logps = (joined[1] - log_total).clamp_max(0.0)
+    return RowStats(logps, stats.row_max, log_sum, entropy, entry_logps, sum_p2, is_argmax)

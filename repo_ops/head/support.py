@@ -14,7 +14,7 @@ from torch import Tensor
 
 from repo_ops.arguments import Layout, check_values
 from repo_ops.head.gemm import without_autocast
-from repo_ops.head.inputs import HeadInputs
+from repo_ops.head.inputs import HeadInputs, Wanted
 from repo_ops.head.plan import Plan
 
 MAX_SUPPORT = 512
@@ -31,6 +31,8 @@ def checked(support_ids: Tensor, head: HeadInputs, where: Layout) -> Tensor:
     """
     if head.tp_group is not None:
         raise ValueError("support_ids: expected None with tp_group; a support is small, so gather the head's rows")
+    if head.accumulates:
+        raise ValueError("support_ids: expected None with options.accumulate_weight_grad; leave that one False")
     if not isinstance(support_ids, Tensor) or support_ids.dtype not in (torch.int64, torch.int32):
         raise TypeError("support_ids: expected int64 token ids, -1 for padding")
     if tuple(support_ids.shape[:-1]) != where.shape or not 0 < support_ids.shape[-1] <= MAX_SUPPORT:
@@ -49,8 +51,8 @@ def checked(support_ids: Tensor, head: HeadInputs, where: Layout) -> Tensor:
     return torch.cat([target, torch.where(live == target, NOT_KEPT, live)], 1)
 
 
-def logps(head: HeadInputs, ids: Tensor, plan: Plan, with_entropy: bool) -> tuple[Tensor, Tensor | None]:
-    """[N] log-probability of the target within `ids` [N, K + 1], and the entropy over them, attached."""
+def statistics(head: HeadInputs, ids: Tensor, plan: Plan, wanted: Wanted) -> tuple[Tensor | None, ...]:
+    """[N] log-probability of the target within `ids` [N, K + 1] and entropy over them, attached; sum p^2; argmax."""
     kept = ids != NOT_KEPT
     ids = ids.clamp_min(0)
     z = sum(_GatheredProduct.apply(*product, ids, head, plan) for product in head.products)
@@ -63,11 +65,14 @@ def logps(head: HeadInputs, ids: Tensor, plan: Plan, with_entropy: bool) -> tupl
     inv = head.inv_temperature
     z = z * (inv[:, None] if isinstance(inv, Tensor) else inv)
     log_p = torch.where(kept, z, -float("inf")).log_softmax(1)
-    if not with_entropy:
-        return log_p[:, 0], None
     # 0 * -inf in value and gradient, where a token was not kept
     finite = torch.where(kept, log_p, 0.0)
-    return log_p[:, 0], -(finite.exp() * finite * kept).sum(1)
+    return (
+        log_p[:, 0],
+        -(finite.exp() * finite * kept).sum(1) if wanted.entropy else None,
+        log_p.detach().exp().square().sum(1) if wanted.sum_p2 else None,
+        log_p[:, 0] >= log_p.amax(1) if wanted.is_argmax else None,
+    )
 
 
 class _GatheredProduct(torch.autograd.Function):

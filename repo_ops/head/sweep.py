@@ -17,7 +17,7 @@ from torch import Tensor
 
 from repo_ops.head import gemm, shards, torch_rows, triton_rows
 from repo_ops.head.gradients import Gradients
-from repo_ops.head.inputs import HeadInputs, RowStats
+from repo_ops.head.inputs import HeadInputs, RowStats, Wanted
 from repo_ops.head.plan import Plan
 
 Rule = Callable[[slice, RowStats], tuple[Tensor, Tensor | None]]
@@ -28,23 +28,23 @@ DEAD_SHARE = 0.1
 others up costs one copy of the tile."""
 
 
-def statistics(head: HeadInputs, plan: Plan, *, with_entropy: bool) -> RowStats:
+def statistics(head: HeadInputs, plan: Plan, *, wanted: Wanted) -> RowStats:
     """Statistics of all live rows: one pass, nothing of size V is kept."""
-    stats = _new_stats(head, with_entropy)
+    stats = _new_stats(head, wanted)
     tile = plan.new_tile(head)
     for chunk in plan.chunks(head.num_rows):
-        _fill(stats, chunk, _tile_stats(head, plan, tile, chunk, with_entropy))
+        _fill(stats, chunk, _tile_stats(head, plan, tile, chunk, wanted))
     return stats
 
 
 def one_sweep(
-    head: HeadInputs, plan: Plan, chunks: list[slice], rule: Rule, grads: Gradients, *, with_entropy: bool
+    head: HeadInputs, plan: Plan, chunks: list[slice], rule: Rule, grads: Gradients, *, wanted: Wanted
 ) -> RowStats:
     """Statistics of all live rows, with gradients formed as soon as `rule` has given a chunk's coefficients."""
-    stats = _new_stats(head, with_entropy)
+    stats = _new_stats(head, wanted)
     tile = plan.new_tile(head)
     for chunk in chunks:
-        found = _tile_stats(head, plan, tile, chunk, with_entropy)
+        found = _tile_stats(head, plan, tile, chunk, wanted)
         _fill(stats, chunk, found)
         dlogps, dentropy = rule(chunk, found)
         if grads.wanted:
@@ -63,10 +63,10 @@ def gradients(
         _add_gradients(head, plan, tile, chunk, stats.rows(chunk), dlogps[chunk], dh, grads, seen=False)
 
 
-def _tile_stats(head: HeadInputs, plan: Plan, tile: Tensor, chunk: slice, with_entropy: bool) -> RowStats:
+def _tile_stats(head: HeadInputs, plan: Plan, tile: Tensor, chunk: slice, wanted: Wanted) -> RowStats:
     part, rows = tile[: chunk.stop - chunk.start], triton_rows if plan.backend == "triton" else torch_rows
     _logits_(part, head, chunk)
-    stats = rows.stats_(part, head.targets[chunk], head.scaling(chunk), with_entropy)
+    stats = rows.stats_(part, head.targets[chunk], head.scaling(chunk), wanted)
     if head.tp_group is None or head.owned is None:
         return stats
     return shards.combine(stats, head.owned[chunk], head.tp_group)
@@ -115,11 +115,19 @@ def _live_rows(dlogps: Tensor, dentropy: Tensor | None) -> Tensor | None:
     return live if len(live) <= (1 - DEAD_SHARE) * len(dlogps) else None
 
 
-def _new_stats(head: HeadInputs, with_entropy: bool) -> RowStats:
-    def new() -> Tensor:
-        return torch.empty(head.num_rows, dtype=head.exact_dtype, device=head.hidden.device)
+def _new_stats(head: HeadInputs, wanted: Wanted) -> RowStats:
+    def new(dtype: torch.dtype = head.exact_dtype) -> Tensor:
+        return torch.empty(head.num_rows, dtype=dtype, device=head.hidden.device)
 
-    return RowStats(new(), new(), new(), new() if with_entropy else None, None if head.tp_group is None else new())
+    return RowStats(
+        new(),
+        new(),
+        new(),
+        new() if wanted.entropy else None,
+        None if head.tp_group is None else new(),
+        new() if wanted.sum_p2 else None,
+        new(torch.bool) if wanted.is_argmax else None,
+    )
 
 
 def _fill(stats: RowStats, chunk: slice, found: RowStats) -> None:

@@ -12,13 +12,13 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from repo_ops.head.inputs import RowGrads, RowStats, Scaling
+from repo_ops.head.inputs import RowGrads, RowStats, Scaling, Wanted
 
 # two cores' share of a common L2 cache; measured on 2 cores at V = 49152: 4-8 rows 20 ms a 134 MB tile, 1 row 280 ms
 BLOCK_BYTES = 1 << 21
 
 
-def stats_(tile: Tensor, targets: Tensor, scaling: Scaling, with_entropy: bool) -> RowStats:
+def stats_(tile: Tensor, targets: Tensor, scaling: Scaling, wanted: Wanted) -> RowStats:
     """Statistics of each row of `tile` [C, V]; the tile becomes exp(z - row_max), 0 at the target.
 
     The sum runs over all entries but the target's, so that the log-probability of a nearly certain target is
@@ -27,7 +27,8 @@ def stats_(tile: Tensor, targets: Tensor, scaling: Scaling, with_entropy: bool) 
     """
     rows, dtype = len(tile), torch.promote_types(tile.dtype, torch.float32)
     logps, row_max, log_sum = (tile.new_empty(rows, dtype=dtype) for _ in range(3))
-    entropy = tile.new_empty(rows, dtype=dtype) if with_entropy else None
+    entropy, sum_p2 = (tile.new_empty(rows, dtype=dtype) if want else None for want in (wanted.entropy, wanted.sum_p2))
+    is_argmax = tile.new_empty(rows, dtype=torch.bool) if wanted.is_argmax else None
     for block in _blocks(tile):
         z = _scale_(tile[block].to(dtype), scaling.rows(block))
         where = targets[block, None]
@@ -35,7 +36,7 @@ def stats_(tile: Tensor, targets: Tensor, scaling: Scaling, with_entropy: bool) 
         z.sub_(peak)
         target = z.gather(1, where)[:, 0]
         # p log p is 0 for a masked vocabulary entry, not 0 * -inf
-        shifted = z.clamp_min(torch.finfo(dtype).min) if with_entropy else z
+        shifted = z.clamp_min(torch.finfo(dtype).min) if wanted.entropy else z
         exps = z.exp_().scatter_(1, where, 0.0)
         rest = exps.sum(1)
         target_exp = target.exp()
@@ -46,8 +47,12 @@ def stats_(tile: Tensor, targets: Tensor, scaling: Scaling, with_entropy: bool) 
         if entropy is not None:
             expected = torch.linalg.vecdot(exps, shifted) + torch.where(target_exp > 0, target_exp * target, 0.0)
             entropy[block] = (log_sum[block] - expected / (rest + target_exp)).clamp_min(0.0)
+        if sum_p2 is not None:
+            sum_p2[block] = (torch.linalg.vecdot(exps, exps) + target_exp.square()) / (rest + target_exp).square()
+        if is_argmax is not None:
+            is_argmax[block] = certain
         _store(tile[block], exps)
-    return RowStats(logps, row_max, log_sum, entropy)
+    return RowStats(logps, row_max, log_sum, entropy, None, sum_p2, is_argmax)
 
 
 def exponentiate_(tile: Tensor, stats: RowStats, scaling: Scaling) -> None:

@@ -7,7 +7,7 @@ import importlib.util
 import torch
 from torch import Tensor
 
-from repo_ops.head.inputs import RowGrads, RowStats, Scaling
+from repo_ops.head.inputs import RowGrads, RowStats, Scaling, Wanted
 
 
 def available() -> bool:
@@ -33,12 +33,16 @@ def why_not(tensor: Tensor, tile_dtype: torch.dtype) -> str:
     return ""
 
 
-def stats_(tile: Tensor, targets: Tensor, scaling: Scaling, with_entropy: bool) -> RowStats:
+def stats_(tile: Tensor, targets: Tensor, scaling: Scaling, wanted: Wanted) -> RowStats:
     """Statistics of each row of `tile` [C, V], which is only read."""
     from repo_ops.kernels import logit_rows
 
-    found = logit_rows.row_stats(tile, targets, **scaling._asdict(), with_entropy=with_entropy)
-    return RowStats(found.logps, found.row_max, found.log_sum, found.entropy)
+    found = logit_rows.row_stats(
+        tile, targets, **scaling._asdict(), with_entropy=wanted.entropy, with_sum_p2=wanted.sum_p2
+    )
+    # logp = (z[target] - max) - log_sum: the bracket is 0, but for float32 rounding, where the target is the largest
+    is_argmax = found.logps == -found.log_sum if wanted.is_argmax else None
+    return RowStats(found.logps, found.row_max, found.log_sum, found.entropy, None, found.sum_p2, is_argmax)
 
 
 def exponentiate_(tile: Tensor, stats: RowStats, scaling: Scaling) -> None:
