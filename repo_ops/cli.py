@@ -7,7 +7,10 @@ import traceback
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
+
+if TYPE_CHECKING:
+    from repo_ops.trainer.config import TrainConfig
 
 __all__ = ["COMMANDS", "main"]
 
@@ -16,7 +19,10 @@ def train(arguments: Sequence[str]) -> None:
     """Train a language model; `repo-ops train --help` lists the settings."""
     from repo_ops.trainer.config import parse_config
 
-    config = parse_config(arguments)
+    dry = {"--dry-run", "--dry_run"}
+    config = parse_config([argument for argument in arguments if argument not in dry])
+    if dry & set(arguments):
+        return _dry_run(config)
     from repo_ops.trainer.failed import RunFailed
     from repo_ops.trainer.loop import train
     from repo_ops.trainer.run import prepare
@@ -38,6 +44,15 @@ def train(arguments: Sequence[str]) -> None:
     except (ValueError, TypeError, OSError) as error:
         _fail("train", error, run.folder)  # a reward's mistake, a full disk; what else goes wrong shows its traceback
     show_run(found, folder=run.folder)
+
+
+def _dry_run(config: TrainConfig) -> None:
+    from repo_ops.trainer.dry_run import plan_of_run
+
+    try:
+        print(plan_of_run(config))
+    except (ValueError, ImportError) as error:
+        _refuse("train", str(error))
 
 
 def demo(arguments: Sequence[str]) -> None:

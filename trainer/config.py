@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
+from repo_ops.trainer.rollout.engine_args import check_engine_args
 from repo_ops.trainer.trackers import tracker_names
 
 if TYPE_CHECKING:
@@ -107,6 +108,11 @@ class TrainConfig:
     """Sample among the most probable tokens that reach this probability, in (0, 1]; with replay it must be 1."""
     max_new_tokens: int | None = None
     """Longest completion, tokens (none: the task's own)."""
+    engine: Literal["hf", "vllm", "vllm_server"] = "hf"
+    """What samples: transformers, vLLM in this process, or a vLLM server; vLLM is sent the weights after each step."""
+    engine_args: dict[str, Any] = field(default_factory=dict)
+    """With vllm: arguments of vllm.LLM, e.g. --engine_args.max_model_len 2048. With vllm_server: url, timeout,
+    sync_timeout, retries, connections, weights_dir."""
 
     lr: float = 5e-6
     """Peak learning rate of AdamW (usual 1e-6 to 1e-5 for a whole model)."""
@@ -171,6 +177,12 @@ class TrainConfig:
             raise ValueError(
                 f"prompts_per_step: expected at most train_size = {self.train_size}, got {self.prompts_per_step}; "
                 "a step would hold a prompt twice"
+            )
+        check_engine_args(self.engine, self.engine_args)
+        if self.engine != "hf" and self.top_p < 1 and not self.top_k:
+            raise ValueError(
+                f"top_p: expected 1, or a top_k beside it, with engine {self.engine}, got {self.top_p}; without top_k "
+                "vLLM does not report which tokens it kept"
             )
         if "beta" in self.objective_args:
             raise ValueError("objective_args: beta has a key of its own; write --beta instead")
@@ -281,7 +293,7 @@ MAY_CHANGE = frozenset(
         *("output_dir", "log_steps", "sample_steps", "sample_rows", "save_completions", "report_to", "project"),
         *("profile_steps", "nonfinite_limit", "eval_steps", "heldout_samples"),
         *("save_model", "push_to_hub", "save_steps", "keep_last", "save_async", "resume"),
-        *("device", "threads", "micro_batch_tokens"),  # these change results by rounding
+        *("device", "threads", "micro_batch_tokens", "engine_args"),  # these change results by rounding
     }
 )
 """Settings that may differ when a run goes on from a checkpoint; `steps` may too where the learning rate is constant."""

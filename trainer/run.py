@@ -22,7 +22,7 @@ from repo_ops.trainer.publish import check_hub
 from repo_ops.trainer.resume import checkpoint_of, restore
 from repo_ops.trainer.rewards import RewardFunction, load_reward
 from repo_ops.trainer.rollout import RolloutEngine
-from repo_ops.trainer.rollout.hf import HFGenerate
+from repo_ops.trainer.rollout.load import load_engine
 from repo_ops.trainer.tasks import Task, load_task
 from repo_ops.trainer.trackers import check_installed, tracker_names
 
@@ -118,7 +118,7 @@ def prepare(config: TrainConfig) -> Run:
         weight_decay=config.weight_decay,
         max_grad_norm=config.max_grad_norm,
     )
-    engine = HFGenerate(model, tokenizer, stop=task.stop, autocast_dtype=autocast)
+    engine = load_engine(config.engine, config.engine_args, model, tokenizer, stop=task.stop, autocast=autocast)
     run = Run(config, folder, task, reward, max_new_tokens, model, tokenizer, engine, learner, buffer, prompts)
     run.resumed, run.notes = checkpoint, notes
     if checkpoint is not None:

@@ -5,13 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
+from repo_ops.trainer.failed import RunFailed
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from transformers import PreTrainedTokenizerBase
 
 
-class EngineError(RuntimeError):
+class EngineError(RunFailed):
     """The engine cannot be reached, is too slow, answers nonsense, or holds other weights than the policy."""
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from repo_ops.trainer.rollout import Completion, EngineError, GenerationStopped, never
+from repo_ops.trainer.rollout.engine_args import check_engine_args, require_known
 from repo_ops.trainer.rollout.vllm_answer import Answers, Drawn, Request, check_settings
 from repo_ops.trainer.rollout.weights import Digest, compare_weights, full_weights
 
@@ -18,16 +19,6 @@ if TYPE_CHECKING:
 
 EXTENSION = "repo_ops.trainer.rollout.vllm_worker.WeightUpdates"
 INSTALL = "pip install 'repo-ops[vllm]'"
-OURS = {
-    "model": "it is the run's model",
-    "tokenizer": "prompts are sent as token ids",
-    "skip_tokenizer_init": "prompts are sent as token ids",
-    "seed": "every request has its own",
-    "logprobs_mode": "the log-probabilities must be those of the sampled distribution",
-    "max_logprobs": "it follows from what is asked for",
-    "worker_extension_cls": "it receives the weights",
-}
-"""Arguments of vllm.LLM that the engine sets itself, and why."""
 
 
 class VLLMInProcess:
@@ -153,9 +144,7 @@ class VLLMInProcess:
 
 
 def _start(llm_args: dict[str, Any], source: str) -> Any:
-    for name, reason in OURS.items():
-        if name in llm_args:
-            raise ValueError(f"engine_args: {name} is not yours to set: {reason}; leave it out")
+    check_engine_args("vllm", llm_args)
     # this process is the engine: weights are handed over by reference, and requests run in the order they came
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
@@ -164,10 +153,7 @@ def _start(llm_args: dict[str, Any], source: str) -> Any:
         from vllm.engine.arg_utils import EngineArgs
     except ModuleNotFoundError as error:
         raise ImportError(f"engine 'vllm': expected the package vllm ({error}); {INSTALL}") from error
-    known = EngineArgs.__dataclass_fields__
-    for name in llm_args:
-        if name not in known:
-            raise ValueError(f"engine_args: expected arguments of vllm.LLM, got {name!r}")
+    require_known(list(llm_args), list(EngineArgs.__dataclass_fields__))
     set_num_threads = torch.set_num_threads
     try:
         return vllm.LLM(

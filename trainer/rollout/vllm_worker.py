@@ -1,6 +1,7 @@
 """What repo-ops adds to the workers of vLLM.
 
-`vllm serve --worker-extension-cls repo_ops.trainer.rollout.vllm_worker.WeightUpdates` takes it; vLLM mixes this class into its own worker. It needs torch and safetensors, nothing of the trainer's other requirements.
+`vllm serve --worker-extension-cls repo_ops.trainer.rollout.vllm_worker.WeightUpdates` mixes the class into vLLM's own
+worker. It needs torch and safetensors, nothing of the trainer's other requirements.
 """
 
 from __future__ import annotations
