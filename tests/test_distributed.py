@@ -1,4 +1,4 @@
-"""Two gloo ranks against one process: FSDP2 wrappings, vocabulary shards, advantages and counts over ranks."""
+"""Two gloo ranks against one process: FSDP2, the learner, vocabulary shards, advantages and counts over ranks."""
 
 import os
 import subprocess
@@ -44,3 +44,17 @@ def test_vocabulary_shards_give_the_values_and_gradients_of_the_whole():
 def test_advantages_and_counts_over_ranks_are_those_of_one_process():
     lines = [line for line in launch("worker_advantages.py") if line.startswith("rank")]
     assert sorted(lines) == ["rank0 equal", "rank1 equal"]
+
+
+@pytest.mark.slow
+def test_two_ranks_learn_what_one_does():
+    found = {}
+    for line in launch("worker_learner.py"):
+        if line.startswith("case "):
+            name, numbers = line.removeprefix("case ").split(": ")
+            found[name] = [float(number) for number in numbers.split()]
+    assert len(found) == 25
+    assert found.pop("bfloat16")[0] < 0.05  # of the way that the parameters went
+    for name, (apart, moved) in found.items():
+        assert apart < 1e-6, name
+        assert moved > 2e-5, name

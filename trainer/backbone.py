@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 import repo_ops
-from repo_ops.causal_lm import find_head
+from repo_ops.causal_lm import CausalLMHead, find_head
+from repo_ops.trainer.distributed import inside, is_sharded, split_again
+from repo_ops.trainer.lora import has_lora
 from repo_ops.trainer.rows import MicroBatch, pack_rows
 
 if TYPE_CHECKING:
@@ -26,19 +28,34 @@ class Backbone:
     those of `model(...)` on separate rows, which catches recurrent layers, attention that ignores a mask, positions
     that are not taken from `position_ids`, and a scaling of the logits that `find_head` does not know.
 
+    Of a model that is sharded (`repo_ops.trainer.distributed.shard`) `hidden` and `head` are to be used inside its
+    forward only; all ranks have to make their Backbone together.
+
     Args:
         model: stays in eval mode (dropout would make packed and separate rows differ).
         autocast: dtype the layers compute in (None: their own). The head computes in its weights' dtype either way.
+        device: where it computes (None: where its parameters are; offloaded ones are elsewhere).
     """
 
-    def __init__(self, model: PreTrainedModel, *, autocast: torch.dtype | None = None) -> None:
+    def __init__(
+        self, model: PreTrainedModel, *, autocast: torch.dtype | None = None, device: torch.device | None = None
+    ) -> None:
         self.model = model.eval()
+        self.device = device or next(model.parameters()).device
         self.attention = _attention_of(model)
         self.window = _window_of(model.config.get_text_config())
-        self.head = find_head(model)
-        self.autocast: torch.dtype | None = None
+        # adapters are switched off and on, and a sharded model has other tensors inside each forward
+        self._head = None if is_sharded(model) or has_lora(model) else find_head(model)
+        # a sharded model may gather its layers in bfloat16 already: it must run as it will
+        self.autocast = autocast if is_sharded(model) else None
         _compare_with_separate_rows(self)
+        split_again(model)
         self.autocast = autocast
+
+    @property
+    def head(self) -> CausalLMHead:
+        """The head as it is now."""
+        return find_head(self.model) if self._head is None else self._head
 
     def hidden(self, batch: MicroBatch) -> Tensor:
         """Hidden state that predicts each target of the micro-batch, [N, D] in the head's dtype.
@@ -52,19 +69,26 @@ class Backbone:
                 f"model: expected prompt + completion within its attention window of {self.window} tokens, got "
                 f"{longest}; beyond it shared-prefix rows would not be exact: shorten prompts or max_new_tokens"
             )
-        mask = batch.attention_mask()
+        mask, dtype = batch.attention_mask(), self.head.weight.dtype
         if self.attention == "eager":  # eager attention adds its mask to the scores
-            dtype = self.autocast or self.head.weight.dtype
-            mask = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
-        with self._precision(batch.input_ids.device):
+            added = self.autocast or dtype
+            mask = torch.zeros(mask.shape, dtype=added, device=mask.device).masked_fill(~mask, torch.finfo(added).min)
+        with self.precision():
             states = self.model.get_decoder()(
                 input_ids=batch.input_ids, attention_mask=mask, position_ids=batch.position_ids, use_cache=False
             ).last_hidden_state
         # float32 weights meet bfloat16 states under autocast: widening the states loses nothing
-        return states.flatten(0, 1)[batch.gather].to(self.head.weight.dtype)
+        return states.flatten(0, 1)[batch.gather].to(dtype)
 
-    def _precision(self, device: torch.device) -> AbstractContextManager[Any]:
-        return nullcontext() if self.autocast is None else torch.autocast(device.type, dtype=self.autocast)
+    def logps(self, batch: MicroBatch, *, temperature: float = 1.0) -> Tensor:
+        """Log-probability of each target of the micro-batch, [N]."""
+        hidden, head = self.hidden(batch), self.head
+        arguments = head.arguments(hidden)
+        return repo_ops.linear_logps(hidden, targets=batch.targets, temperature=temperature, **arguments).logps
+
+    def precision(self) -> AbstractContextManager[Any]:
+        """What the layers run under."""
+        return nullcontext() if self.autocast is None else torch.autocast(self.device.type, dtype=self.autocast)
 
 
 def _attention_of(model: PreTrainedModel) -> str:
@@ -96,23 +120,24 @@ def _window_of(config: Any) -> int | None:
 
 @torch.no_grad()
 def _compare_with_separate_rows(backbone: Backbone) -> None:
-    vocabulary = backbone.head.weight.shape[0]
-    device = backbone.head.weight.device
+    vocabulary = backbone.model.config.get_text_config().vocab_size
+    device = backbone.device
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, vocabulary, (12,), generator=generator).tolist()
     prompt, completions = ids[:4], [ids[4:8], ids[4:6] + ids[8:10], ids[10:]]
     (batch,) = pack_rows([prompt] * 3, completions, max_tokens=64)
     batch = batch.to(device)
-    hidden = backbone.hidden(batch)
-    packed = repo_ops.linear_logps(hidden, targets=batch.targets, **backbone.head.arguments(hidden)).logps
+    packed = inside(backbone.model, lambda: backbone.logps(batch))
     separate = []
     for index in batch.sequences:
         row = torch.tensor([prompt + completions[index]], device=device)
-        logits = backbone.model(input_ids=row, use_cache=False).logits[0, len(prompt) - 1 : -1]
+        with backbone.precision():
+            logits = backbone.model(input_ids=row, use_cache=False).logits[0, len(prompt) - 1 : -1]
         separate.append(logits.float().log_softmax(-1).gather(-1, row[0, len(prompt) :, None])[:, 0])
     gap = (packed - torch.cat(separate)).abs().max().item()
-    # float32 differs by 1e-6; bfloat16 weights round to a few hundredths where a wrong mask gives whole nats
-    if not gap < (1e-3 if backbone.head.weight.dtype == torch.float32 else 0.25):
+    exact = backbone.autocast is None and next(backbone.model.parameters()).dtype != torch.bfloat16
+    # float32 differs by 1e-6; bfloat16 rounds to a few hundredths where a wrong mask gives whole nats
+    if not gap < (1e-3 if exact else 0.25):
         raise ValueError(
             f"model: packed and separate rows of {type(backbone.model).__name__} differ by {gap:.3g} nats; it has "
             "recurrent layers, positions of its own, or a scaling of the logits that is not supported"

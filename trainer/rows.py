@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["MicroBatch", "pack_rows"]
+__all__ = ["MicroBatch", "deal", "idle_batch", "pack_rows"]
 
 
 @dataclass(frozen=True)
@@ -93,6 +93,43 @@ def pack_rows(
         else:
             batches.append([row])
     return [_collate(batch, pad_id) for batch in batches]
+
+
+def idle_batch() -> MicroBatch:
+    """A micro-batch that predicts nothing: one token, no sequence. For ranks that have to keep step with others."""
+    none = torch.zeros(0, dtype=torch.int64)
+    zero = torch.zeros(1, 1, dtype=torch.int64)
+    return MicroBatch(zero, zero, zero + 1, none, none, torch.zeros(1, dtype=torch.int64), (), 0)
+
+
+def deal(prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], parts: int) -> list[list[int]]:
+    """Which sequences each of `parts` ranks computes, every one once: about equal tokens, prompts kept together.
+
+    The longest group of a prompt goes first, each to the part that has least so far. A group longer than an even share
+    is cut, as otherwise few prompts would leave ranks idle; its prompt is then computed more than once.
+    """
+    members: dict[tuple[int, ...], list[int]] = {}
+    for i, prompt in enumerate(prompts):
+        members.setdefault(tuple(prompt), []).append(i)
+    even = sum(len(prompt) + sum(len(completions[i]) for i in group) for prompt, group in members.items()) / parts
+    groups: list[tuple[int, list[int]]] = []
+    for prompt, group in members.items():
+        # neighbours share the most
+        group.sort(key=lambda i: tuple(completions[i]))
+        size, chunk = len(prompt), list[int]()
+        for i in group:
+            if chunk and size + len(completions[i]) > even:
+                groups.append((size, chunk))
+                size, chunk = len(prompt), []
+            size += len(completions[i])
+            chunk.append(i)
+        groups.append((size, chunk))
+    loads, dealt = [0] * parts, [list[int]() for _ in range(parts)]
+    for size, group in sorted(groups, key=lambda item: -item[0]):
+        least = loads.index(min(loads))
+        loads[least] += size
+        dealt[least] += group
+    return [sorted(part) for part in dealt]
 
 
 @dataclass
