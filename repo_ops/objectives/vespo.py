@@ -60,12 +60,16 @@ class Objective(base.Objective):
     def metrics(self, tokens: Tokens) -> Metrics:
         return {**super().metrics(tokens), "phi": stat(self._phi(tokens))}
 
-    def _phi(self, tokens: Tokens) -> Tensor:
+    def sequence_log_ratio(self, tokens: Tokens) -> Tensor:
+        """[S] log W before it is limited, detached."""
         log_ratio = tokens.log_ratio.detach().clamp(-LOG_LIMIT, LOG_LIMIT)
         if self.sampler_weight is not None:
             weight = SamplerWeight(self.sampler_weight, self.sampler_min, self.sampler_max)(tokens)
             log_ratio = log_ratio + weight.log().clamp_min(LOG_FLOOR)
-        log_w = tokens.spread(tokens.sequence_sum(log_ratio)).clamp(LOG_FLOOR, LOG_LIMIT)
+        return tokens.sequence_sum(log_ratio)
+
+    def _phi(self, tokens: Tokens) -> Tensor:
+        log_w = tokens.spread(self.sequence_log_ratio(tokens)).clamp(LOG_FLOOR, LOG_LIMIT)
         positive = tokens.advantages >= 0
         k = by_sign(positive, self.k_pos, self.k_neg, log_w)
         decay = by_sign(positive, self.lambda_pos, self.lambda_neg, log_w)
