@@ -8,11 +8,13 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from tiny_runs import arguments, differences, outcome, prepared, repeatable, reward_file, trained
+from tiny_runs import arguments, differences, no_pictures, outcome, prepared, repeatable, reward_file, trained  # noqa: F401
 
 from repo_ops.cli import main
 from repo_ops.trainer.checkpoint import newest_whole, read, steps_of
@@ -38,72 +40,78 @@ def started(folder: Path, until: int, number: int, **settings: object) -> subpro
     return subprocess.CompletedProcess(command, process.returncode, out, err)
 
 
+@dataclass
+class Whole:
+    """A run that nobody disturbed: its settings, and what it ended with."""
+
+    settings: dict[str, Any]
+    outcome: dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Whole:
+    folder = tmp_path_factory.mktemp("whole")
+    settings = {"steps": 8, "eval_steps": 3, "reward": reward_file(folder)}
+    return Whole(settings, trained(folder / "run", **settings, save_steps=None))
+
+
 @pytest.mark.slow
-def test_killed_stopped_and_resumed_is_bit_for_bit_the_run_that_was_left_alone(tmp_path: Path) -> None:
-    settings = {"steps": 12, "save_steps": 1, "eval_steps": 5, "reward": reward_file(tmp_path), "save_async": True}
-    whole = trained(tmp_path / "whole", **settings)
-    cut = tmp_path / "cut"
-    killed = started(cut, 3, signal.SIGKILL, **settings)
+def test_killed_stopped_and_resumed_is_bit_for_bit_the_run_that_was_left_alone(tmp_path: Path, whole: Whole) -> None:
+    settings = {**whole.settings, "save_steps": 1, "save_async": True}
+    killed = started(tmp_path, 2, signal.SIGKILL, **settings)
     assert killed.returncode == -signal.SIGKILL
-    assert 2 <= steps_of(cut / "checkpoints")[0] < 12
-    stopped = started(cut, 8, signal.SIGTERM, **settings, resume="auto")
+    assert 1 <= steps_of(tmp_path / "checkpoints")[0] < 8
+    stopped = started(tmp_path, 4, signal.SIGTERM, **settings, resume="auto")
     assert stopped.returncode == 0, stopped.stderr
     assert "stopped by SIGTERM after step" in stopped.stderr
-    assert 8 <= steps_of(cut / "checkpoints")[0] < 12
-    run = prepared(cut, **settings, resume="auto")
-    assert run.resumed_at >= 8
+    assert 4 <= steps_of(tmp_path / "checkpoints")[0] < 8
+    run = prepared(tmp_path, **settings, resume="auto")
     train(run)
-    assert differences(outcome(run), whole) == []
+    assert differences(outcome(run), whole.outcome) == []
 
 
 @pytest.mark.parametrize("background", [False, True])
-def test_resumed_runs_repeat_the_rest_exactly(tmp_path: Path, monkeypatch, background: bool) -> None:
-    settings = {"steps": 6, "eval_steps": 2, "reward": reward_file(tmp_path), "save_steps": 2, "save_async": background}
-    whole = trained(tmp_path / "whole", **settings)
+def test_a_run_that_died_repeats_the_rest_exactly(tmp_path: Path, monkeypatch, whole: Whole, background: bool) -> None:
+    settings = {**whole.settings, "save_steps": 3, "save_async": background}
     step, made = Learner.step, []
 
-    def dies_in_step_4(self, *args, **kwargs):
+    def dies_in_step_5(self, *args, **kwargs):
         made.append(1)
-        if len(made) == 4:
+        if len(made) == 5:
             raise RuntimeError("the power went out")
         return step(self, *args, **kwargs)
 
-    monkeypatch.setattr(Learner, "step", dies_in_step_4)
+    monkeypatch.setattr(Learner, "step", dies_in_step_5)
     with pytest.raises(RuntimeError, match="the power went out"):
-        main(arguments(tmp_path / "cut", **settings))
+        main(arguments(tmp_path, **settings))
     monkeypatch.setattr(Learner, "step", step)
-    assert [line["step"] for line in read_metrics(tmp_path / "cut")] == [0, 1, 2, 3]
-    run = prepared(tmp_path / "cut", **settings, resume="auto")
-    assert run.resumed_at == 2
-    torch.manual_seed(99)  # nothing of the process that resumes may show
-    run = prepared(tmp_path / "cut", **settings, resume="auto")
+    assert [line["step"] for line in read_metrics(tmp_path)] == [0, 1, 2, 3, 4]
+    run = prepared(tmp_path, **settings, resume="auto")
+    assert run.resumed_at == 3
     train(run)
-    assert differences(outcome(run), whole) == []
-    # the checkpoints did not change the run either
-    plain = trained(tmp_path / "plain", **{**settings, "save_steps": None})
-    assert differences(plain, whole) == []
+    assert differences(outcome(run), whole.outcome) == []
 
 
 def test_a_run_goes_on_in_another_folder_and_longer(tmp_path: Path) -> None:
     reward = reward_file(tmp_path)
-    whole = trained(tmp_path / "whole", steps=4, reward=reward, heldout_size=0)
+    all_four = trained(tmp_path / "whole", steps=4, reward=reward, heldout_size=0)
     trained(tmp_path / "a", steps=2, save_steps=2, reward=reward, heldout_size=0)
     from_a = {"steps": 4, "reward": reward, "heldout_size": 0, "save_steps": 4}
     longer = trained(tmp_path / "b", resume=str(tmp_path / "a" / "checkpoints" / "step-00000002"), **from_a)
-    assert differences(longer, whole) == []
+    assert differences(longer, all_four) == []
     assert steps_of(tmp_path / "b" / "checkpoints") == [4]
     assert steps_of(tmp_path / "a" / "checkpoints") == [2]
     # a finished run has nothing left to do, and says the same again
-    assert differences(trained(tmp_path / "b", resume="auto", **from_a), whole) == []
+    assert differences(trained(tmp_path / "b", resume="auto", **from_a), all_four) == []
 
 
 def test_nothing_was_learned_yet_and_still_the_optimizer_comes_back(tmp_path: Path) -> None:
     reward = reward_file(tmp_path, "def reward(prompts, completions, **_):\n    return [0.0] * len(prompts)\n")
-    whole = trained(tmp_path / "whole", steps=2, reward=reward, heldout_size=0)
+    at_once = trained(tmp_path / "whole", steps=2, reward=reward, heldout_size=0)
     trained(tmp_path / "a", steps=1, save_steps=1, reward=reward, heldout_size=0)
     resumed = trained(tmp_path / "a", steps=2, reward=reward, heldout_size=0, resume="auto")
-    assert differences(resumed, whole) == []
-    assert whole["optimizer"]["state"] == {}  # AdamW has not counted a step that never was
+    assert differences(resumed, at_once) == []
+    assert at_once["optimizer"]["state"] == {}  # AdamW has not counted a step that never was
 
 
 def test_the_newest_are_kept_and_leftovers_go(tmp_path: Path) -> None:

@@ -1,9 +1,11 @@
 """Runs of the tiny model through the real path, and what two runs of the same steps must agree in."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from repo_ops.trainer.config import TrainConfig
@@ -30,6 +32,7 @@ TINY = {
     "replay": "random",
     "replay_num": 4,
     "replay_min_size": 4,
+    "sample_steps": 0,
 }
 CLOCK = ("time/", "memory/", "tokens_per_second")  # what two runs of the same seed may differ in
 
@@ -43,6 +46,15 @@ def reward(prompts, completions, **columns):
     noise = [random.random() + float(numpy.random.rand()) + float(torch.rand(())) for _ in completions]
     return [(len(text) % 3) + part for text, part in zip(completions, noise)]
 """
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_pictures() -> Iterator[None]:
+    """A report takes longer than such a run, and has tests of its own. To be imported by a module of tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("draw_report", "write_page"):
+            patch.setattr(f"repo_ops.trainer.reporting.{name}", lambda *_, **__: None)
+        yield
 
 
 def reward_file(folder: Path, source: str = NOISY_REWARD) -> str:
