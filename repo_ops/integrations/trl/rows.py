@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,9 +15,6 @@ from repo_ops.loss_inputs import PolicyLoss
 from repo_ops.metrics import Metrics, merge
 from repo_ops.objectives import Objective
 from repo_ops.reduce import NumItems
-
-if TYPE_CHECKING:
-    from repo_ops.trainer.backbone import Backbone
 
 __all__ = ["Row", "RowsLoss", "count", "rows_of", "shared_hidden"]
 
@@ -88,8 +85,11 @@ def count(rows: Sequence[Row]) -> list[float]:
     return [float(n) for n in (len(on), sum(on), len(off), sum(off))]
 
 
-def shared_hidden(backbone: Backbone, rows: Sequence[Row], max_tokens: int) -> tuple[Tensor, Tensor, list[int]]:
-    """Hidden states [N, D] that predict the targets [N] of `rows`, in the order of the returned indices into rows."""
+def shared_hidden(backbone: Any, rows: Sequence[Row], max_tokens: int) -> tuple[Tensor, Tensor, list[int]]:
+    """Hidden states [N, D] that predict the targets [N] of `rows`, in the order of the returned indices into rows.
+
+    `backbone` is a repo_ops.trainer.backbone.Backbone.
+    """
     from repo_ops.trainer.rows import pack_rows
 
     batches = pack_rows([r.prompt_ids for r in rows], [r.token_ids for r in rows], max_tokens=max_tokens)
@@ -115,7 +115,7 @@ class RowsLoss:
             return True
         return row.advantage != 0 or not self._policy_term.skips_zero_advantage
 
-    def of_hidden(self, model: Any, backbone: Backbone, rows: Sequence[Row], items: NumItems, max_tokens: int) -> Any:
+    def of_hidden(self, model: Any, backbone: Any, rows: Sequence[Row], items: NumItems, max_tokens: int) -> Any:
         """(loss, metrics) of live rows through shared-prefix rows of `model`, to be called inside its forward."""
         hidden, targets, order = shared_hidden(backbone, rows, max_tokens)
         head = find_head(model)
