@@ -38,6 +38,14 @@ def refused(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> str:
         (["--objective_args.beta", "0.1"], "objective_args: beta has a key of its own"),
         (["--replay", "random", "--top_k", "5"], "top_k, top_p: expected 0 and 1 with replay, got 5 and 1.0"),
         (["--replay", "random", "--replay_capacity", "4"], "replay_capacity: expected at least replay_min_size = 8"),
+        (["--chat", "true"], "chat: expected nothing without data, got True; add --data"),
+        (["--max_prompt_tokens", "9"], "max_prompt_tokens: expected nothing without data, got 9; add --data"),
+        (["--data", "x.jsonl"], "reward: expected one with data, got none; for example --reward exact_match"),
+        (["--data", "x.jsonl", "--task", "gcd"], "task: expected none with data, got 'gcd'"),
+        (["--reward", "exact_match", "--rewards.prefix_match", "1"], "reward: expected none with rewards"),
+        (["--reward_timeout", "0"], "reward_timeout: expected more than 0, got 0.0"),
+        (["--eval_k", "[1, 9]"], "eval_k: expected numbers from 1 to heldout_samples = 8, got [1, 9]"),
+        (["--dynamic_sampling_max_rounds", "0"], "dynamic_sampling_max_rounds: expected at least 1, got 0"),
         (["--lr", "fast"], "Got value: fast"),
         (["--schedule", "step"], "Got value: step"),
         (["--config", "nowhere.yaml"], "config: expected a readable YAML file, got nowhere.yaml"),
@@ -73,9 +81,8 @@ def test_saved_settings_read_back_equal(tmp_path: Path) -> None:
 def test_every_key_is_read_somewhere() -> None:
     folder = Path(repo_ops.trainer.__file__).parent
     source = "\n".join(path.read_text() for path in folder.glob("*.py") if path.name != "config.py")
-    own = (folder / "config.py").read_text().split("def learning_rate")[1] + inspect.getsource(
-        TrainConfig.advantages.fget
-    )
+    own = (folder / "config.py").read_text().split("def learning_rate")[1]
+    own += "".join(inspect.getsource(each.fget) for each in vars(TrainConfig).values() if isinstance(each, property))
     unread = [f.name for f in fields(TrainConfig) if not re.search(rf"(config|self)\.{f.name}\b", source + own)]
     assert unread == []
 
@@ -108,3 +115,5 @@ def test_demo_reads_its_own_keys(capsys) -> None:
 def test_a_number_that_is_none_is_refused() -> None:
     with pytest.raises(ValueError, match="lr: expected at least 0, got nan"):
         TrainConfig(lr=float("nan"))
+    with pytest.raises(ValueError, match="rewards: expected finite weights"):
+        TrainConfig(rewards={"exact_match": float("nan")})

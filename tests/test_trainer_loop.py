@@ -11,6 +11,7 @@ import torch
 from repo_ops.cli import main
 from repo_ops.trainer.config import TrainConfig
 from repo_ops.trainer.data import PromptStream
+from repo_ops.trainer.groups import seed_of
 from repo_ops.trainer.learner import Learner, ScoredSequence
 from repo_ops.trainer.log import read_metrics
 from repo_ops.trainer.loop import train
@@ -71,6 +72,7 @@ def test_a_run_from_the_console_leaves_its_files_and_can_be_repeated(tmp_path: P
         *("reward/mean", "frac_reward_zero_std", "completions/mean_length", "completions/clipped_ratio"),
         *("groups/effective_on", "groups/effective_off", "groups/effective"),
         *("replay/size", "replay/distinct_prompts", "replay/age_steps_mean", "replay/share_of_sequences"),
+        *("rewards/exact_match/mean", "rewards/exact_match/std", "reward/errors", "reward/timeouts"),
         *("loss", "grad_norm", "lr", "tokens_per_second", "memory/peak_mb"),
         *("time/generate", "time/learner", "time/rest"),
     }
@@ -202,6 +204,84 @@ def test_all_groups_dead(tmp_path: Path) -> None:
         assert line["learner/nonfinite"] == line["groups/effective"] == line["grad_norm"] == 0
         assert line["frac_reward_zero_std"] == 1
     assert all(torch.equal(value, before[name]) for name, value in weights(run).items())
+
+
+def test_dynamic_sampling_fills_the_step_with_groups_that_differ(tmp_path: Path, watched: Watched) -> None:
+    # by the prompt: half of the pool is dead whatever the model says
+    body = "[float(len(set(p[2:-1])) % 2 and i % 2) for i, p in enumerate(prompts)]"
+    settings = {"reward": reward_file(tmp_path, body), "heldout_size": 0, "steps": 3, "prompts_per_step": 2}
+    run = prepared(tmp_path, dynamic_sampling_max_rounds=4, **settings)
+    alive = {e.prompt for e in run.task.train if len(set(e.prompt[2:-1])) % 2}
+    assert 2 <= len(alive) < 8
+    train(run)
+    lines = read_metrics(tmp_path)[1:]
+    assert run.prompts.taken == sum(line["groups/rounds"] for line in lines) == len(watched.generated) > 3
+    assert len({seed_of(run.config, step, round_) for step in range(3) for round_ in range(3)}) == 9
+    for line, learned in zip(lines, watched.learned, strict=True):
+        assert {s.group for s in learned} == {0, 1}
+        assert line["groups/effective"] == 1  # every group of the step
+        assert line["reward/scored"] == 8 * line["groups/rounds"]
+        assert line["groups/discarded"] == 2 * line["groups/rounds"] - 2
+        # half of the living groups' completions have 1; over all that was generated, the dead groups too
+        assert line["reward/mean"] == pytest.approx(0.5 * (1 - line["frac_reward_zero_std"]))
+
+
+def test_dynamic_sampling_that_finds_nothing_ends_and_says_so(tmp_path: Path, watched: Watched) -> None:
+    reward = reward_file(tmp_path, "[0.0] * len(prompts)")
+    train(prepared(tmp_path, reward=reward, dynamic_sampling_max_rounds=3, steps=2, heldout_size=0))
+    assert len(watched.generated) == 6
+    assert [len(learned) for learned in watched.learned] == [16, 16]  # dead groups fill the step
+    assert [line["learner/skipped"] for line in read_metrics(tmp_path)[1:]] == [1, 1]
+
+
+def test_rounds_that_are_not_needed_change_nothing(tmp_path: Path) -> None:
+    reward = reward_file(tmp_path, "[float(i % 2) for i in range(len(prompts))]")
+    found = []
+    for rounds in (1, 5):
+        run = prepared(tmp_path / str(rounds), reward=reward, dynamic_sampling_max_rounds=rounds, steps=2)
+        train(run)
+        found.append((repeatable(run.folder), weights(run)))
+    assert found[0][0] == found[1][0]
+    assert all(torch.equal(value, found[1][1][name]) for name, value in found[0][1].items())
+
+
+def test_dead_groups_out_of_the_denominator(tmp_path: Path, watched: Watched) -> None:
+    """With half of the groups dead and completions of one length, the others count twice as much."""
+    body = "[float(len(set(p[2:-1])) % 2 and i % 2) for i, p in enumerate(prompts)]"
+    settings = {"reward": reward_file(tmp_path, body), "heldout_size": 0, "steps": 1, "objective": "dr_grpo"}
+    losses, sequences = [], []
+    for drop in (False, True):
+        run = prepared(tmp_path / str(drop), drop_dead_groups=drop, **settings)
+        train(run)
+        losses.append(read_metrics(run.folder)[1]["grad_norm"])
+        sequences.append({s.group for s in watched.learned[-1]})
+    dead = len(sequences[0]) - len(sequences[1])
+    assert 0 < dead < 4
+    # dr_grpo divides by the number of sequences
+    assert losses[1] == pytest.approx(losses[0] * 4 / (4 - dead), rel=1e-4)
+
+
+def test_several_rewards_with_weights_from_the_console(tmp_path: Path) -> None:
+    other = reward_file(tmp_path, "[0.25 * (c == 4) for c in columns['max_new_tokens']]")
+    weights_of = json.dumps({"prefix_match": 1.0, "soft_overlong": 0.5, other: 2.0})
+    main(arguments(tmp_path / "run", rewards=weights_of, max_new_tokens=4, steps=2, save_model=False))
+    for line in read_metrics(tmp_path / "run")[1:]:
+        assert line["rewards/reward/mean"] == 0.25
+        total = line["rewards/prefix_match/mean"] + 0.5 * line["rewards/soft_overlong/mean"] + 2.0 * 0.25
+        assert line["reward/mean"] == pytest.approx(total)
+        assert -1 <= line["rewards/soft_overlong/mean"] < 0
+
+
+def test_a_reward_that_hangs_or_raises_does_not_end_the_run(tmp_path: Path, caplog) -> None:
+    hang = "[1.0] * len(prompts) if columns['num_tokens'][0] < 0 else exec('while True: pass')"
+    run = prepared(tmp_path, reward=reward_file(tmp_path, hang), reward_timeout=0.2, heldout_size=0, steps=1)
+    train(run)
+    assert read_metrics(tmp_path)[1]["reward/timeouts"] == 16
+    assert "rewards: 16 of 16 samples left out at a deadline" in caplog.text
+    run = prepared(tmp_path, reward=reward_file(tmp_path, "[1 / (i % 4) for i in range(len(prompts))]"), heldout_size=0)
+    train(run)
+    assert [line["reward/errors"] for line in read_metrics(tmp_path)[1:]] == [16] * 4
+    assert caplog.text.count("ZeroDivisionError") == 1
 
 
 def test_completions_without_a_reward_are_left_out(tmp_path: Path, watched: Watched) -> None:

@@ -1,16 +1,22 @@
 """Rewards: the built-in ones, several at once, functions that fail, and answers that hang the checker."""
 
-import logging
+import asyncio
 import math
+import os
+import random
+import re
 import time
 
 import numpy as np
 import pytest
 import torch
 
-from repo_ops.trainer.rewards import exact_match, load_reward, score
-from repo_ops.trainer.rewards.answers import number_match, prefix_match
+from repo_ops.trainer.rewards import Rewards, exact_match, load_reward, reward_metrics, score
+from repo_ops.trainer.rewards.answers import number_match, prefix_match, soft_overlong
 from repo_ops.trainer.rewards.math_answers import MathVerify
+from repo_ops.trainer.rewards.score import missing_columns
+from repo_ops.trainer.rollout import Completion
+from repo_ops.trainer.tasks import Example
 
 PROMPTS = ["p"] * 3
 TEXTS = ["1", "bad", "3"]
@@ -66,14 +72,33 @@ def test_none_leaves_a_sample_out():
     assert result.totals == [2.0, None, 1.0]
 
 
-def test_an_exception_costs_only_its_sample_and_is_shown(caplog):
-    with caplog.at_level(logging.WARNING):
-        result = score({"picky": (picky, 1.0), "length": (length, 1.0)}, PROMPTS, TEXTS, {})
+def test_an_exception_costs_only_its_sample():
+    result = score({"picky": (picky, 1.0), "length": (length, 1.0)}, PROMPTS, TEXTS, {})
     assert result.totals == [2.0, None, 4.0]
     assert list(result.errors) == ["picky"]
     assert len(result.errors["picky"]) == 1
-    assert "ValueError: could not convert string to float: 'bad'" in result.errors["picky"][0]
-    assert "reward picky: 1 of 3 samples left out: ValueError" in caplog.text
+    # what and where
+    assert re.fullmatch(
+        r"ValueError: could not convert string to float: 'bad' \(test_trainer_rewards.py:\d+\)",
+        result.errors["picky"][0],
+    )
+
+
+def test_what_fails_is_shown_once_and_counted_always(caplog):
+    rewards = Rewards({"picky": (picky, 1.0), "length": (length, 1.0)})
+    rows = [(Example("k", "p", {}), Completion((1,), (0.0,), text, True)) for text in ("1", "bad", "3", "bad")]
+    found = [rewards.score(rows, max_new_tokens=4) for _ in range(2)]
+    assert len(caplog.records) == 1
+    assert caplog.messages[0].startswith("reward picky: 2 of 4 samples left out: ValueError: could not convert")
+    metrics = reward_metrics(found)
+    assert metrics == {
+        "rewards/picky/mean": 2.0,
+        "rewards/picky/std": 1.0,
+        "rewards/length/mean": 2.0,  # of 1, 3, 1, 3: a function's own values, also where another one failed
+        "rewards/length/std": 1.0,
+        "reward/errors": 4.0,
+        "reward/timeouts": 0.0,
+    }
 
 
 def test_columns_follow_the_samples_when_a_batch_fails():
@@ -100,37 +125,194 @@ def test_any_sequence_of_numbers_will_do(values):
 
 
 @pytest.mark.parametrize(
-    ("values", "error", "message"),
+    ("values", "message"),
     [
-        ([1.0, 2.0], ValueError, r"^reward f: expected 3 rewards, one a completion, got 2"),
-        ([1.0, "2x", 3.0], TypeError, r"^reward f\[1\]: expected a number or None, got '2x'"),
-        ([1.0, math.nan, 3.0], ValueError, r"^reward f\[1\]: expected a finite number, got nan"),
-        ([1.0, 2.0, math.inf], ValueError, r"^reward f\[2\]: expected a finite number, got inf"),
-        (None, TypeError, r"^reward f: expected a list of numbers or None, got NoneType"),
-        (0.5, TypeError, r"^reward f: expected a list of numbers or None, got float"),
-        ("yes", TypeError, r"^reward f: expected a list of numbers or None, got str"),
+        ([1.0, 2.0], "returned 2 rewards for 1 completions, expected one each"),
+        (None, "returned NoneType, expected a list of numbers or None"),
+        (0.5, "returned float, expected a list of numbers or None"),
+        ("yes", "returned str, expected a list of numbers or None"),
+        ({"a": 1, "b": 2, "c": 3}, "returned dict, expected a list of numbers or None"),
+        (torch.tensor(1.0), "returned float, expected a list of numbers or None"),
     ],
 )
-def test_what_is_no_list_of_rewards_is_refused(values, error, message):
-    with pytest.raises(error, match=message):
-        score({"f": (lambda p, c, **_: values, 1.0)}, PROMPTS, TEXTS, {})
+def test_what_is_no_list_of_rewards_is_counted(values, message):
+    result = score({"f": (lambda p, c, **_: values, 1.0), "length": (length, 1.0)}, PROMPTS, TEXTS, {})
+    assert result.totals == [None] * 3
+    assert result.errors == {"f": [message] * 3}
 
 
-def test_async_functions_are_refused():
-    async def later(prompts, completions, **columns):
-        return [0.0] * len(completions)
+@pytest.mark.parametrize("value", ["2x", "2", math.nan, math.inf, [1.0]])
+def test_what_is_no_reward_costs_only_its_sample(value):
+    result = score({"f": (lambda p, c, **_: [1.0, value, 3.0], 1.0)}, PROMPTS, TEXTS, {})
+    assert result.totals == [1.0, None, 3.0]
+    assert result.errors == {"f": [f"returned {value!r}, expected a finite number or None"]}
 
-    with pytest.raises(TypeError, match=r"^reward f: expected an ordinary function, got an async one"):
-        score({"f": (later, 1.0)}, PROMPTS, TEXTS, {})
+
+def test_async_functions_wait_together():
+    """Each waits until the other has begun: one after the other they would never end."""
+    begun = {"a": None, "b": None}
+
+    def waits_for(mine, other):
+        async def reward(prompts, completions, **columns):
+            begun[mine] = asyncio.get_running_loop().create_future() if begun[mine] is None else begun[mine]
+            begun[other] = asyncio.get_running_loop().create_future() if begun[other] is None else begun[other]
+            begun[mine].set_result(None)
+            await asyncio.wait_for(begun[other], 60)
+            return [1.0] * len(completions)
+
+        return reward
+
+    rewards = {"a": (waits_for("a", "b"), 1.0), "b": (waits_for("b", "a"), 2.0)}
+    result = score(rewards, PROMPTS, TEXTS, {})
+    assert result.totals == [3.0] * 3
+    assert not result.errors
 
 
-def test_a_missing_column_is_named_before_anything_is_asked():
-    with pytest.raises(TypeError, match=r"^reward exact: .*columns \['question'\].*missing .*'answer'"):
-        score({"exact": (exact_match, 1.0)}, PROMPTS, TEXTS, {"question": ["q"] * 3})
+def test_an_async_function_is_scored_inside_a_running_loop_and_fails_by_the_sample():
+    async def fails_on_one(prompts, completions, **columns):
+        await asyncio.sleep(0)
+        return [float(text) for text in completions]
+
+    async def notebook():
+        return score({"f": (fails_on_one, 1.0)}, PROMPTS, TEXTS, {})
+
+    result = asyncio.run(notebook())
+    assert result.totals == [1.0, None, 3.0]
+    assert "could not convert" in result.errors["f"][0]
+
+
+def test_functions_get_what_they_have_parameters_for():
+    seen = {}
+
+    def positional(p, c, level):
+        seen["positional"] = (p, c, level)
+        return [0.0] * 3
+
+    def by_keyword(completions, *, level, **others):
+        seen["by_keyword"] = (completions, level, sorted(others))
+        return [0.0] * 3
+
+    columns = {"answer": ["1"] * 3, "level": [4, 5, 6]}
+    score({"positional": (positional, 1.0), "by_keyword": (by_keyword, 1.0)}, PROMPTS, TEXTS, columns)
+    assert seen["positional"] == (PROMPTS, TEXTS, [4, 5, 6])
+    assert seen["by_keyword"] == (TEXTS, [4, 5, 6], ["answer", "prompts"])
+
+
+def test_a_missing_column_is_refused_at_the_door():
+    rewards = Rewards({"exact_match": (exact_match, 1.0)})
+    rewards.check(["answer", "more"])
+    with pytest.raises(
+        ValueError,
+        match=r"^reward exact_match: expected the data to have a column 'answer', got .*--answer_column answr$",
+    ):
+        rewards.check(["answr", "question"])
+    with pytest.raises(ValueError, match=r"column 'level', got \['levle'\]; did you mean 'levle'\?"):
+        Rewards({"f": (lambda prompts, completions, level: [], 1.0)}).check(["levle"])
+    Rewards({"f": (lambda completions, num_tokens, finished, max_new_tokens: [], 1.0)}).check([])
     with pytest.raises(ValueError, match=r"^answer: expected 3 values, one a completion, got 2"):
         score({"exact": (exact_match, 1.0)}, PROMPTS, TEXTS, {"answer": ["1", "2"]})
     with pytest.raises(ValueError, match=r"^rewards: expected at least one function"):
         score({}, PROMPTS, TEXTS, {})
+
+
+def test_soft_overlong_by_hand():
+    # of 100 tokens the last 20 are the margin
+    lengths = [0, 80, 85, 90, 100, 120]
+    found = soft_overlong([""] * 6, [""] * 6, num_tokens=lengths, max_new_tokens=[100] * 6)
+    assert found == pytest.approx([0, 0, -0.25, -0.5, -1, -1])
+    assert all(type(value) is float for value in found)
+
+
+def in_child(tmp_path, body, *, seconds=60.0):
+    """A function of that body in a process of its own."""
+    (tmp_path / "mine.py").write_text(body)
+    return load_reward(f"{tmp_path / 'mine.py'}:reward", timeout=seconds)
+
+
+def test_a_function_in_its_own_process(tmp_path, capfd):
+    reward = in_child(
+        tmp_path,
+        "import asyncio, os\n"
+        "async def reward(prompts, completions, *, answer):\n"
+        "    await asyncio.sleep(0)\n"
+        "    print('from', os.getpid())\n"
+        "    return [float(c) - a for c, a in zip(completions, answer)]\n",
+    )
+    assert missing_columns(reward, []) == ["answer"]
+    columns = {"answer": [1, 1, 1], "unread": [object()] * 3}  # what it does not ask for is not sent
+    result = score({"f": (reward, 2.0)}, PROMPTS, TEXTS, columns)
+    assert result.totals == [0.0, None, 4.0]
+    assert "ValueError: could not convert string to float: 'bad' (mine.py:5)" in result.errors["f"]
+    printed = set(capfd.readouterr().out.split()) - {"from"}
+    assert printed == {str(reward.child._process.pid)}
+    assert str(os.getpid()) not in printed
+    reward.close()
+
+
+def test_a_process_of_its_own_draws_from_the_run_s_seed(tmp_path):
+    body = (
+        "import random\ndef reward(prompts, completions, **columns):\n    return [random.random() for _ in prompts]\n"
+    )
+    found = []
+    for seed in (1, 1, 2):
+        random.seed(seed)
+        reward = in_child(tmp_path, body)
+        found.append([score({"f": (reward, 1.0)}, PROMPTS, TEXTS, {}).totals for _ in range(2)])
+        reward.close()
+    assert found[0] == found[1] != found[2]
+    assert found[0][0] != found[0][1]
+
+
+def test_an_answer_to_an_interrupted_call_is_not_taken_for_the_next(tmp_path):
+    body = "def reward(prompts, completions, **columns):\n    return [float(len(c)) for c in completions]\n"
+    reward = in_child(tmp_path, body)
+    reward.begin(["p"], ["long"])  # and then something stopped the caller
+    assert reward(["p"], ["x"]) == [1.0]
+    reward.close()
+
+
+@pytest.mark.parametrize("hang", ["9 ** 9 ** 9", "re.match(r'(x+x+)+y', 'x' * 60)", "time.sleep(999)"])
+def test_a_hang_costs_its_batch_the_deadline_and_nothing_else(tmp_path, hang):
+    body = "import re, time\n"
+    body += f"def reward(prompts, completions, **columns):\n    if 'hang' in completions:\n        {hang}\n"
+    body += "    return [1.0] * len(completions)\n"
+    reward = in_child(tmp_path, body)
+    reward.child.seconds = 0.5
+    result = score({"f": (reward, 1.0), "length": (length, 1.0)}, PROMPTS, ["1", "hang", "3"], {})
+    assert result.totals == [None] * 3
+    assert (result.timeouts, result.errors) == (3, {})
+    reward.child.seconds = 60.0  # a busy machine is no hang
+    again = score({"f": (reward, 1.0)}, PROMPTS, TEXTS, {})
+    assert (again.totals, again.timeouts) == ([1.0] * 3, 0)
+    reward.close()
+
+
+def test_a_process_that_dies_is_an_error_and_comes_back(tmp_path):
+    body = (
+        "import os\ndef reward(prompts, completions, **columns):\n    if 'die' in completions:\n        os._exit(7)\n"
+    )
+    reward = in_child(tmp_path, body + "    return [1.0] * len(completions)\n")
+    result = score({"f": (reward, 1.0)}, PROMPTS, ["1", "die", "3"], {})
+    assert result.totals == [None] * 3
+    assert result.errors == {"f": ["its process ended with status 7"] * 3}
+    assert score({"f": (reward, 1.0)}, PROMPTS, TEXTS, {}).totals == [1.0] * 3
+    reward.close()
+
+
+def test_functions_in_processes_work_at_the_same_time(tmp_path):
+    """Each waits for the other's file: one after the other they would pass the deadline."""
+    rewards = {}
+    for mine, other in ("ab", "ba"):
+        (tmp_path / f"{mine}.py").write_text(
+            "import pathlib, time\n"
+            f"def reward(prompts, completions, **columns):\n    pathlib.Path(r'{tmp_path}/{mine}').touch()\n"
+            f"    while not pathlib.Path(r'{tmp_path}/{other}').exists():\n        time.sleep(0.01)\n"
+            "    return [1.0] * len(completions)\n"
+        )
+        rewards[mine] = (load_reward(f"{tmp_path / mine}.py:reward", timeout=60.0), 1.0)
+    assert score(rewards, PROMPTS, TEXTS, {}).totals == [2.0] * 3
+    for function, _ in rewards.values():
+        function.close()
 
 
 def test_functions_by_name(tmp_path):
@@ -139,6 +321,10 @@ def test_functions_by_name(tmp_path):
     file = tmp_path / "mine.py"
     file.write_text("def half(prompts, completions, **columns):\n    return [0.5] * len(completions)\n")
     assert load_reward(f"{file}:half")([], ["a", "b"]) == [0.5, 0.5]
+    rewards = Rewards.load({"exact_match": 1.0, f"{file}:half": 0.5})
+    assert {name: weight for name, (_, weight) in rewards.functions.items()} == {"exact_match": 1.0, "half": 0.5}
+    twice = Rewards.load({f"{file}:half": 1.0, f"{tmp_path}/../{tmp_path.name}/mine.py:half": 1.0})
+    assert all(name.endswith("mine.py:half") for name in twice.functions)
 
 
 @pytest.mark.parametrize(
@@ -151,9 +337,16 @@ def test_functions_by_name(tmp_path):
         ("math:pi", r"^reward: expected a function 'pi' in math, found 3.14"),
     ],
 )
-def test_unknown_functions_are_named(name, message):
+@pytest.mark.parametrize("timeout", [None, 60.0])
+def test_unknown_functions_are_named(name, message, timeout):
     with pytest.raises(ValueError, match=message):
-        load_reward(name)
+        load_reward(name, timeout=timeout)
+
+
+def test_a_file_that_cannot_be_loaded_is_named(tmp_path):
+    (tmp_path / "broken.py").write_text("1 / 0\n")
+    with pytest.raises(ValueError, match=r"cannot be loaded: ZeroDivisionError: division by zero \(broken.py:1\)"):
+        load_reward(f"{tmp_path / 'broken.py'}:f", timeout=60.0)
 
 
 @pytest.mark.slow
@@ -161,18 +354,19 @@ def test_math_verify_compares_and_survives_what_hangs():
     """One test, since a child that imports sympy takes seconds to start; a hang costs a second child."""
     reward = load_reward("math_verify")
     assert isinstance(reward, MathVerify)
-    reward.seconds = 60.0  # a busy machine is no hang
+    reward.child.seconds = 60.0  # a busy machine is no hang
     texts = ["0.5", "so it is $\\frac{2}{4}$", "2", "no idea"]
     assert reward(["p"] * 4, texts, answer=["1/2"] * 4) == [1.0, 1.0, 0.0, 0.0]
 
-    reward.seconds = 1.0
+    reward.child.seconds = 1.0
     start = time.monotonic()
-    assert reward(["p"], ["$9^{9^{9^{9}}}$"], answer=["2"]) == [None]
+    result = score({"math": (reward, 1.0)}, ["p"], ["$9^{9^{9^{9}}}$"], {"answer": ["2"]})
+    assert (result.totals, result.timeouts) == ([None], 1)
     # left to itself the expression takes for ever; the slack is for a busy machine
     assert 1.0 <= time.monotonic() - start < 20.0
     assert reward.timeouts == 1
 
-    reward.seconds = 60.0
+    reward.child.seconds = 60.0
     result = score({"math": (reward, 1.0)}, ["p"] * 2, ["4", "4"], {"answer": ["2+2", "hello"]})
     assert result.totals == [1.0, None]
     assert "answer: expected a mathematical expression, got 'hello'" in result.errors["math"][0]

@@ -30,8 +30,32 @@ class TrainConfig:
     """Name of a task: products, chain_sum, lcm, gcd, count_bits, letter_counting..."""
     task_args: dict[str, Any] = field(default_factory=dict)
     """Options of the task, e.g. --task_args.digits 2."""
+    data: str | None = None
+    """Prompts to train on, instead of a task: a .jsonl or .parquet file, a folder, or a data set of the hub."""
+    data_args: dict[str, Any] = field(default_factory=dict)
+    """For datasets.load_dataset, e.g. --data_args.name main, --data_args.split train[:90%]."""
+    eval_data: str | list[str] | None = None
+    """Prompts to evaluate on, likewise; one, or a list, each of which is also reported by itself."""
+    eval_data_args: dict[str, Any] = field(default_factory=dict)
+    """For datasets.load_dataset, e.g. --eval_data_args.split test."""
+    prompt_column: str = "prompt"
+    """Column of the data with the prompt: text, or chat messages for the tokenizer's chat template. All other columns
+    reach the reward functions."""
+    answer_column: str = "answer"
+    """Column of the data that reaches the reward functions as `answer`."""
+    chat: bool = False
+    """Text prompts of the data become one user message in the tokenizer's chat template."""
+    max_prompt_tokens: int | None = None
+    """Longer prompts of the data are left out, and counted (none: no limit)."""
     reward: str | None = None
     """exact_match, number_match, prefix_match, math_verify, module:function, file.py:function (none: the task's)."""
+    rewards: dict[str, float] = field(default_factory=dict)
+    """Several rewards with their weights, e.g. --rewards.exact_match 1 --rewards.soft_overlong 0.5; names with a dot
+    in YAML or as --rewards '{"mine.py:f": 1}'. The first one decides what counts as solved."""
+    reward_timeout: float | None = 300.0
+    """Seconds that module:function and file.py:function may take for a step's completions; the function runs in a
+    process of its own that is killed then, and the step goes on without these samples (none: in the trainer's own
+    process, where a hang hangs the run)."""
     output_dir: str = "runs/train"
     """Folder for metrics.jsonl, config.yaml, report.png and the trained model; made if absent."""
     seed: int = 0
@@ -70,12 +94,17 @@ class TrainConfig:
     """Prompts of a step."""
     group_size: int = 8
     """Completions generated for each prompt (>= 2)."""
-    train_size: int = 32
-    """Prompts in the training pool; they come round again, which is what replay feeds on."""
-    heldout_size: int = 16
-    """Prompts that are never trained on (0: no evaluation)."""
+    train_size: int | None = None
+    """Prompts in the training pool; they come round again, which is what replay feeds on (none: 32 of a task, all of
+    the data)."""
+    heldout_size: int | None = None
+    """Prompts that are never trained on; 0: no evaluation (none: 16 of a task, all of eval_data, 0 of the data)."""
     heldout_samples: int = 8
     """Sampled completions for each held-out prompt; one greedy completion comes on top."""
+    eval_k: list[int] = field(default_factory=list)
+    """pass@k is reported for these k, from 1 to heldout_samples (none: 1 and heldout_samples)."""
+    eval_success: float = 1.0
+    """Least value of the (first) reward that counts as solved in pass@k and greedy_accuracy."""
     dynamic_sampling_max_rounds: int = 1
     """Batches of prompts that a step may generate until prompts_per_step groups have different rewards, as in DAPO;
     further groups are left out, dead ones fill up what is missing (1: no dynamic sampling)."""
@@ -107,7 +136,10 @@ class TrainConfig:
     top_p: float = 1.0
     """Sample among the most probable tokens that reach this probability, in (0, 1]; with replay it must be 1."""
     max_new_tokens: int | None = None
-    """Longest completion, tokens (none: the task's own)."""
+    """Longest completion, tokens (none: the task's own; 256 for data)."""
+    stop: list[str] | None = None
+    """Single characters that end a completion, besides the end-of-sequence token (none: the task's own; no character
+    for data)."""
     engine: Literal["hf", "vllm", "vllm_server"] = "hf"
     """What samples: transformers, vLLM in this process, or a vLLM server; vLLM is sent the weights after each step."""
     engine_args: dict[str, Any] = field(default_factory=dict)
@@ -158,6 +190,21 @@ class TrainConfig:
         """How `repo_ops.group_advantages` is to be called."""
         return {"estimator": self.advantage_estimator, "mode": self.advantage_mode, **self.advantage_args}
 
+    @property
+    def eval_sets(self) -> list[str]:
+        """`eval_data` as a list."""
+        return [self.eval_data] if isinstance(self.eval_data, str) else list(self.eval_data or [])
+
+    @property
+    def reward_weights(self) -> dict[str, float]:
+        """Name -> weight of the rewards asked for; {} where that is left to the task."""
+        return dict(self.rewards) if self.reward is None else {self.reward: 1.0}
+
+    @property
+    def pass_at(self) -> list[int]:
+        """The k of pass@k."""
+        return sorted(set(self.eval_k or [1, self.heldout_samples]))
+
     def __post_init__(self) -> None:
         for names, least in _AT_LEAST.items():
             for name in names:
@@ -173,11 +220,14 @@ class TrainConfig:
             raise ValueError(f"betas: expected two numbers in [0, 1), got {self.betas}")
         if self.warmup > self.steps:
             raise ValueError(f"warmup: expected at most steps = {self.steps}, got {self.warmup}")
-        if self.prompts_per_step > self.train_size:
+        train_size = 32 if self.train_size is None and self.data is None else self.train_size
+        if train_size is not None and self.prompts_per_step > train_size:
             raise ValueError(
-                f"prompts_per_step: expected at most train_size = {self.train_size}, got {self.prompts_per_step}; "
+                f"prompts_per_step: expected at most train_size = {train_size}, got {self.prompts_per_step}; "
                 "a step would hold a prompt twice"
             )
+        self._check_data()
+        self._check_rewards()
         check_engine_args(self.engine, self.engine_args)
         if self.engine != "hf" and self.top_p < 1 and not self.top_k:
             raise ValueError(
@@ -194,6 +244,36 @@ class TrainConfig:
         if self.replay is not None:
             self._check_replay()
 
+    def _check_data(self) -> None:
+        keys = (
+            "data_args",
+            "eval_data",
+            "eval_data_args",
+            "prompt_column",
+            "answer_column",
+            "chat",
+            "max_prompt_tokens",
+        )
+        for name in keys:
+            if self.data is None and getattr(self, name) != _default(name):
+                raise ValueError(f"{name}: expected nothing without data, got {getattr(self, name)!r}; add --data")
+        if self.data is not None and (self.task != _default("task") or self.task_args):
+            raise ValueError(f"task: expected none with data, got {self.task!r} {self.task_args}; drop one of the two")
+
+    def _check_rewards(self) -> None:
+        if self.reward is not None and self.rewards:
+            raise ValueError(f"reward: expected none with rewards, got {self.reward!r}; name it there, with its weight")
+        if not all(math.isfinite(weight) for weight in self.rewards.values()):
+            raise ValueError(f"rewards: expected finite weights, got {self.rewards}")
+        if self.data is not None and not self.reward_weights:
+            raise ValueError("reward: expected one with data, got none; for example --reward exact_match")
+        if self.reward_timeout is not None and not self.reward_timeout > 0:
+            raise ValueError(f"reward_timeout: expected more than 0, got {self.reward_timeout}")
+        if not all(1 <= k <= self.heldout_samples for k in self.pass_at):
+            raise ValueError(
+                f"eval_k: expected numbers from 1 to heldout_samples = {self.heldout_samples}, got {self.eval_k}"
+            )
+
     def _check_replay(self) -> None:
         if self.top_k != 0 or self.top_p != 1:
             raise ValueError(
@@ -207,7 +287,14 @@ class TrainConfig:
             )
 
 
+def _default(name: str) -> Any:
+    """The value of a setting that nobody has set."""
+    found = next(each for each in fields(TrainConfig) if each.name == name)
+    return found.default_factory() if callable(found.default_factory) else found.default
+
+
 _AT_LEAST = {
+    ("max_prompt_tokens",): 1,
     ("beta", "lr", "weight_decay"): 0,
     ("heldout_size", "eval_steps", "sample_steps", "top_k", "warmup"): 0,
     ("replay_num", "replay_capacity", "replay_min_size", "steps", "prompts_per_step", "train_size"): 1,
@@ -291,7 +378,7 @@ def save_config(config: TrainConfig, path: Path) -> None:
 MAY_CHANGE = frozenset(
     {
         *("output_dir", "log_steps", "sample_steps", "sample_rows", "save_completions", "report_to", "project"),
-        *("profile_steps", "nonfinite_limit", "eval_steps", "heldout_samples"),
+        *("profile_steps", "nonfinite_limit", "eval_steps", "heldout_samples", "eval_k", "eval_success"),
         *("save_model", "push_to_hub", "save_steps", "keep_last", "save_async", "resume"),
         *("device", "threads", "micro_batch_tokens", "engine_args"),  # these change results by rounding
     }

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Sequence
 
-from repo_ops.trainer.rewards import RewardFunction, score
+from repo_ops.trainer.rewards import Rewards
 from repo_ops.trainer.rollout import RolloutEngine
 from repo_ops.trainer.tasks import Example
+
+__all__ = ["bootstrap", "evaluate", "interval", "pass_at_k"]
 
 # two-sided 95 % of the normal distribution
 Z95 = 1.959964
@@ -16,7 +19,7 @@ Z95 = 1.959964
 def evaluate(
     engine: RolloutEngine,
     examples: Sequence[Example],
-    reward: RewardFunction,
+    rewards: Rewards,
     *,
     num_samples: int,
     max_new_tokens: int,
@@ -25,22 +28,26 @@ def evaluate(
     success: float = 1.0,
     seed: int = 0,
 ) -> dict[str, float]:
-    """Mean reward, greedy and sampled, and pass@k with a 95 % interval, over the examples.
+    """Mean reward, greedy and sampled, and pass@k, with 95 % intervals, over the examples.
 
     Args:
         engine: samples from the policy as it is now.
-        examples: held-out prompts; without any the result is {}.
+        examples: held-out prompts; without any the result is {}. Where their `source` differs, everything is also
+            reported for each source by itself, under "<source>/".
+        rewards: means are of the weighted sum; whether a completion is right, the first function alone decides.
         num_samples: sampled completions of a prompt; 0 evaluates greedily only.
         temperature: of the samples.
         ks: pass@k for these k <= num_samples.
-        success: least reward that counts as solved.
+        success: least value of the first reward that counts as solved.
         seed: of the samples. The same seed before and after training compares like with like.
     Returns:
         prompts                            number of examples
-        greedy_mean, greedy_accuracy       mean reward, and share solved, of the most probable completion
-        sampled_mean, finished             mean reward, and share that ended by themselves, of the samples
-        pass@k, pass@k_low, pass@k_high    for each k: chance that one of k samples solves a prompt, 95 % interval
-        unscored                           completions that the reward left out (None); they count nowhere else
+        greedy_mean                        mean reward of the most probable completion
+        greedy_accuracy, _low, _high       share of them that is right, Wilson's interval
+        sampled_mean, _low, _high          mean reward of the samples, bootstrap over prompts
+        finished                           share of the samples that ended by themselves
+        pass@k, pass@k_low, pass@k_high    for each k: chance that one of k samples is right (unbiased), Wilson's
+        unscored                           completions that a reward left out (None); they count nowhere else
         A mean over nothing (everything left out) is nan.
     Raises:
         ValueError: a k outside 1 .. num_samples.
@@ -53,27 +60,22 @@ def evaluate(
     if not examples:
         return {}
     sampling = {"max_new_tokens": max_new_tokens, "seed": seed}
-    greedy, _ = _rewards(engine, examples, reward, num_samples=1, temperature=1.0, greedy=True, **sampling)
-    scored = [value for values in greedy for value in values if value is not None]
-    result = {
-        "prompts": float(len(examples)),
-        "greedy_mean": _mean(scored),
-        "greedy_accuracy": _mean([float(value >= success) for value in scored]),
-        "unscored": float(len(examples) - len(scored)),
-    }
-    if not num_samples:
-        return result
-    sampled, finished = _rewards(
-        engine, examples, reward, num_samples=num_samples, temperature=temperature, greedy=False, **sampling
-    )
-    groups = [[value for value in values if value is not None] for values in sampled]
-    result["sampled_mean"] = _mean([value for group in groups for value in group])
-    result["finished"] = finished
-    result["unscored"] += float(len(examples) * num_samples - sum(map(len, groups)))
-    for k in ks:
-        estimates = [pass_at_k(len(g), sum(v >= success for v in g), k) for g in groups if len(g) >= k]
-        result[f"pass@{k}"] = _mean(estimates)
-        result[f"pass@{k}_low"], result[f"pass@{k}_high"] = interval(_mean(estimates), len(estimates))
+    groups = _outcomes(engine, examples, rewards, num_samples=1, temperature=1.0, greedy=True, **sampling)
+    greedy = [group[0] for group in groups]
+    sampled: list[list[_Outcome]] = []
+    if num_samples:
+        sampled = _outcomes(
+            engine, examples, rewards, num_samples=num_samples, temperature=temperature, greedy=False, **sampling
+        )
+
+    def summary(chosen: Sequence[int]) -> dict[str, float]:
+        return _summary([greedy[i] for i in chosen], [sampled[i] for i in chosen if num_samples], ks, success)
+
+    result = summary(range(len(examples)))
+    sources = list(dict.fromkeys(example.source for example in examples))
+    for source in sources if len(sources) > 1 else ():
+        part = summary([i for i, example in enumerate(examples) if example.source == source])
+        result |= {f"{source}/{name}": value for name, value in part.items()}
     return result
 
 
@@ -94,7 +96,8 @@ def interval(mean: float, n: int, z: float = Z95) -> tuple[float, float]:
     """Wilson's interval for a mean of n independent values in [0, 1]; (nan, nan) for n = 0.
 
     Values between 0 and 1 vary less than a coin of the same mean, so for them the interval is on the wide side. It
-    stays inside [0, 1] and does not shrink to nothing when all values are equal, which a normal interval does.
+    stays inside [0, 1] and does not shrink to nothing when all values are equal, as a normal or a bootstrap interval
+    does. It tells how the result would vary with other prompts.
     Source: E. B. Wilson, JASA 22 (1927), 209-212.
     """
     if n == 0:
@@ -105,18 +108,40 @@ def interval(mean: float, n: int, z: float = Z95) -> tuple[float, float]:
     return max(0.0, (centre - half) / scale), min(1.0, (centre + half) / scale)
 
 
-def _rewards(
+def bootstrap(groups: Sequence[Sequence[float]], *, resamples: int = 1000, seed: int = 0) -> tuple[float, float]:
+    """95 % interval of the mean over all values, from means over groups drawn with replacement; (nan, nan) for none.
+
+    Groups are drawn whole, because the samples of one prompt are not independent. For rewards of any range.
+    Source: B. Efron, Annals of Statistics 7 (1979), 1-26; percentiles of the resampled means.
+    """
+    sums = [(math.fsum(group), len(group)) for group in groups if group]
+    if not sums:
+        return math.nan, math.nan
+    rng = random.Random(seed)
+    means = []
+    for _ in range(resamples):
+        drawn = rng.choices(sums, k=len(sums))
+        means.append(math.fsum(total for total, _ in drawn) / sum(count for _, count in drawn))
+    means.sort()
+    return means[int(0.025 * resamples)], means[math.ceil(0.975 * resamples) - 1]
+
+
+# what one completion came to: the weighted reward (None: left out), the first reward, whether it ended by itself
+_Outcome = tuple["float | None", "float | None", bool]
+
+
+def _outcomes(
     engine: RolloutEngine,
     examples: Sequence[Example],
-    reward: RewardFunction,
+    rewards: Rewards,
     *,
     num_samples: int,
     max_new_tokens: int,
     temperature: float,
     greedy: bool,
     seed: int,
-) -> tuple[list[list[float | None]], float]:
-    """Rewards of every example's completions, and the share of completions that ended by themselves."""
+) -> list[list[_Outcome]]:
+    """For every example what its completions came to."""
     groups = engine.generate(
         [example.prompt for example in examples],
         num_samples=num_samples,
@@ -126,15 +151,41 @@ def _rewards(
         seed=seed,
     )
     rows = [(example, completion) for example, group in zip(examples, groups, strict=True) for completion in group]
-    names = list(examples[0].columns)
-    totals = score(
-        {"reward": (reward, 1.0)},
-        [example.prompt for example, _ in rows],
-        [completion.text for _, completion in rows],
-        {name: [example.columns[name] for example, _ in rows] for name in names},
-    ).totals
-    finished = _mean([float(completion.finished) for _, completion in rows])
-    return [totals[i : i + num_samples] for i in range(0, len(totals), num_samples)], finished
+    scores = rewards.score(rows, max_new_tokens=max_new_tokens)
+    deciding = next(iter(scores.parts.values()))
+    finished = [completion.finished for _, completion in rows]
+    flat = list(zip(scores.totals, deciding, finished))
+    return [flat[i : i + num_samples] for i in range(0, len(flat), num_samples)]
+
+
+def _summary(
+    greedy: Sequence[_Outcome], sampled: Sequence[Sequence[_Outcome]], ks: Sequence[int], success: float
+) -> dict[str, float]:
+    scored = [(total, first) for total, first, _ in greedy if total is not None and first is not None]
+    result = {
+        "prompts": float(len(greedy)),
+        "greedy_mean": _mean([total for total, _ in scored]),
+        **_with_interval("greedy_accuracy", [float(first >= success) for _, first in scored]),
+        "unscored": float(len(greedy) - len(scored)),
+    }
+    if not sampled:
+        return result
+    totals = [[total for total, _, _ in group if total is not None] for group in sampled]
+    right = [
+        [first >= success for total, first, _ in group if total is not None and first is not None] for group in sampled
+    ]
+    result["sampled_mean"] = _mean([total for group in totals for total in group])
+    result["sampled_mean_low"], result["sampled_mean_high"] = bootstrap(totals)
+    result["finished"] = _mean([float(finished) for group in sampled for _, _, finished in group])
+    result["unscored"] += float(sum(map(len, sampled)) - sum(map(len, totals)))
+    for k in ks:
+        result |= _with_interval(f"pass@{k}", [pass_at_k(len(g), sum(g), k) for g in right if len(g) >= k])
+    return result
+
+
+def _with_interval(name: str, values: Sequence[float]) -> dict[str, float]:
+    low, high = interval(_mean(values), len(values))
+    return {name: _mean(values), f"{name}_low": low, f"{name}_high": high}
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -13,7 +13,7 @@ import repo_ops
 from repo_ops.replay import ReplayBuffer, Sample
 from repo_ops.trainer.config import TrainConfig
 from repo_ops.trainer.learner import ScoredSequence, reads_top_logps
-from repo_ops.trainer.rewards import score
+from repo_ops.trainer.rewards import Scores, reward_metrics
 from repo_ops.trainer.rollout import Completion, encode_prompts
 from repo_ops.trainer.run import Run
 from repo_ops.trainer.tasks import Example
@@ -29,6 +29,8 @@ class Group:
     prompt_ids: tuple[int, ...]
     completions: list[Completion]
     rewards: list[float]
+    parts: list[dict[str, float]]
+    """What each reward function gave each completion, unweighted."""
     replayed: list[Sample] = field(default_factory=list)
 
     @property
@@ -52,8 +54,8 @@ class Collected:
     """Those of the step: prompts_per_step of them."""
     generated: list[Group]
     """All of them, also those that dynamic sampling left out."""
-    rounds: int
-    """Times that a batch of prompts was taken."""
+    scores: list[Scores]
+    """What the rewards gave, one for each round: each time that a batch of prompts was taken."""
     seconds: float
     """Spent in the engine."""
 
@@ -72,9 +74,9 @@ def collect(run: Run, step: int) -> Collected:
     """
     config, wanted = run.config, run.config.prompts_per_step
     generated: list[Group] = []
+    scores: list[Scores] = []
     seconds = 0.0
-    rounds = 0
-    while rounds == 0 or (rounds < config.dynamic_sampling_max_rounds and sum(g.varied for g in generated) < wanted):
+    for round_ in range(config.dynamic_sampling_max_rounds):
         examples = run.prompts.take()
         started = time.perf_counter()
         completions = run.engine.generate(
@@ -85,14 +87,17 @@ def collect(run: Run, step: int) -> Collected:
             top_k=config.top_k,
             top_p=config.top_p,
             top_logps=config.divergence_top_k if reads_top_logps(run.learner.objective) else 0,
-            seed=seed_of(config, step, rounds),
+            seed=seed_of(config, step, round_),
         )
         seconds += time.perf_counter() - started
-        generated += scored_groups(run, examples, completions)
-        rounds += 1
+        rows = [(example, c) for example, group in zip(examples, completions, strict=True) for c in group]
+        scores.append(run.rewards.score(rows, max_new_tokens=run.max_new_tokens))
+        generated += scored_groups(run, examples, completions, scores[-1])
+        if sum(group.varied for group in generated) >= wanted:
+            break
     varied_first = sorted(range(len(generated)), key=lambda i: not generated[i].varied)
     groups = [generated[i] for i in sorted(varied_first[:wanted])]
-    return Collected(groups, generated, rounds, seconds)
+    return Collected(groups, generated, scores, seconds)
 
 
 def seed_of(config: TrainConfig, step: int, round_: int = 0) -> int:
@@ -100,18 +105,23 @@ def seed_of(config: TrainConfig, step: int, round_: int = 0) -> int:
     return config.seed * 1_000_003 + step + round_ * 2**40
 
 
-def scored_groups(run: Run, examples: Sequence[Example], generated: Sequence[Sequence[Completion]]) -> list[Group]:
+def scored_groups(
+    run: Run, examples: Sequence[Example], generated: Sequence[Sequence[Completion]], scores: Scores
+) -> list[Group]:
     """The completions of each prompt that the reward functions gave a number."""
-    flat = [(example, completion) for example, group in zip(examples, generated) for completion in group]
-    columns = {name: [example.columns[name] for example, _ in flat] for name in examples[0].columns}
-    texts = [completion.text for _, completion in flat]
-    scores = score({"reward": (run.reward, 1.0)}, [example.prompt for example, _ in flat], texts, columns)
-    totals = iter(scores.totals)
+    place = 0
     groups = []
     prompts = encode_prompts(run.tokenizer, [example.prompt for example in examples])
     for example, prompt_ids, completions in zip(examples, prompts, generated, strict=True):
-        kept = [(c, total) for c in completions if (total := next(totals)) is not None]
-        groups.append(Group(example, tuple(prompt_ids), [c for c, _ in kept], [total for _, total in kept]))
+        group = Group(example, tuple(prompt_ids), [], [], [])
+        for completion in completions:
+            total = scores.totals[place]
+            if total is not None:
+                group.completions.append(completion)
+                group.rewards.append(total)
+                group.parts.append({n: v for n, part in scores.parts.items() if (v := part[place]) is not None})
+            place += 1
+        groups.append(group)
     return groups
 
 
@@ -123,8 +133,8 @@ def draw_and_push(buffer: ReplayBuffer | None, groups: Sequence[Group], *, versi
         group.replayed = buffer.draw(group.example.prompt, version=version)
     for group in groups:
         samples = [
-            Sample(c.token_ids, c.logps, reward, {}, version, temperature, c.finished, c.text)
-            for c, reward in zip(group.completions, group.rewards, strict=True)
+            Sample(c.token_ids, c.logps, reward, parts, version, temperature, c.finished, c.text)
+            for c, reward, parts in zip(group.completions, group.rewards, group.parts, strict=True)
             if c.token_ids  # an empty completion has no token to learn from
         ]
         buffer.push(group.example.prompt, samples)
@@ -176,11 +186,12 @@ def group_metrics(collected: Collected, sequences: Sequence[ScoredSequence]) -> 
         "reward/mean": fmean(rewards or [0.0]),
         "reward/std": pstdev(rewards or [0.0]),
         "reward/scored": float(len(rewards)),
+        **reward_metrics(collected.scores),
         "frac_reward_zero_std": fmean(not group.varied for group in generated),
         "groups/effective_on": len(on) / len(groups),
         "groups/effective_off": len(off) / len(groups),
         "groups/effective": len(on | off) / len(groups),
-        "groups/rounds": float(collected.rounds),
+        "groups/rounds": float(len(collected.scores)),
         "groups/discarded": float(len(generated) - len(groups)),
         "completions/mean_length": fmean([len(c.token_ids) for c in completions] or [0.0]),
         "completions/clipped_ratio": fmean([not c.finished for c in completions] or [0.0]),

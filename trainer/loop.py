@@ -70,11 +70,12 @@ def held_out(run: Run) -> dict[str, float]:
     found = evaluate(
         run.engine,
         run.task.heldout,
-        run.reward,
+        run.rewards,
         num_samples=samples,
         max_new_tokens=run.max_new_tokens,
         temperature=run.config.temperature,
-        ks=sorted({1, samples}),
+        ks=run.config.pass_at,
+        success=run.config.eval_success,
         seed=seed_of(run.config, 0),
     )
     return {f"eval/{name}": value for name, value in found.items()}

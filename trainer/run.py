@@ -20,10 +20,11 @@ from repo_ops.trainer.learner import Learner, reads_top_logps
 from repo_ops.trainer.models import load_model
 from repo_ops.trainer.publish import check_hub
 from repo_ops.trainer.resume import checkpoint_of, restore
-from repo_ops.trainer.rewards import RewardFunction, load_reward
+from repo_ops.trainer.rewards import Rewards
 from repo_ops.trainer.rollout import RolloutEngine
 from repo_ops.trainer.rollout.load import load_engine
-from repo_ops.trainer.tasks import Task, load_task
+from repo_ops.trainer.sources import make_task, open_rewards, open_source
+from repo_ops.trainer.tasks import Task
 from repo_ops.trainer.trackers import check_installed, tracker_names
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ class Run:
     config: TrainConfig
     folder: Path
     task: Task
-    reward: RewardFunction
+    rewards: Rewards
     max_new_tokens: int
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
@@ -64,7 +65,7 @@ class Run:
         compute = "bfloat16 autocast" if config.autocast else "no autocast"
         replay = f" with {config.replay} replay" if config.replay else ""
         return (
-            f"{config.objective}{replay} on {config.task}: {config.model}, {parameters / 1e6:.1f}M parameters in "
+            f"{config.objective}{replay} on {self.task.name}: {config.model}, {parameters / 1e6:.1f}M parameters in "
             f"{config.dtype}, {compute}; {config.steps} steps of {config.prompts_per_step} x {config.group_size}"
         )
 
@@ -92,11 +93,8 @@ def prepare(config: TrainConfig) -> Run:
         buffer = ReplayBuffer(
             config.replay_capacity, config.replay, config.replay_num, config.replay_min_size, seed=config.seed
         )
-    sizes = {"train_size": config.train_size, "heldout_size": config.heldout_size}
-    task = load_task(config.task, **sizes, seed=config.seed, **config.task_args)
-    prompts = PromptStream(task.train, batch=config.prompts_per_step, seed=config.seed)
-    reward = task.reward if config.reward is None else load_reward(config.reward)
-    max_new_tokens = config.max_new_tokens or task.max_new_tokens
+    source = open_source(config)
+    rewards = open_rewards(config, source)
 
     folder = _output_folder(config.output_dir)
     if config.threads is not None:
@@ -105,6 +103,10 @@ def prepare(config: TrainConfig) -> Run:
     transformers.utils.logging.disable_progress_bar()  # its bars, also when saving, would tear ours
     model, tokenizer = load_model(config.model, dtype=getattr(torch, config.dtype), seed=config.seed)
     model.to(device)
+    task = make_task(config, source, tokenizer)
+    notes += task.notes
+    prompts = PromptStream(task.train, batch=config.prompts_per_step, seed=config.seed)
+    max_new_tokens = config.max_new_tokens or task.max_new_tokens
     autocast = torch.bfloat16 if config.autocast else None
     learner = Learner(
         model,
@@ -119,7 +121,7 @@ def prepare(config: TrainConfig) -> Run:
         max_grad_norm=config.max_grad_norm,
     )
     engine = load_engine(config.engine, config.engine_args, model, tokenizer, stop=task.stop, autocast=autocast)
-    run = Run(config, folder, task, reward, max_new_tokens, model, tokenizer, engine, learner, buffer, prompts)
+    run = Run(config, folder, task, rewards, max_new_tokens, model, tokenizer, engine, learner, buffer, prompts)
     run.resumed, run.notes = checkpoint, notes
     if checkpoint is not None:
         run.notes += restore(run, checkpoint)

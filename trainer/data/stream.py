@@ -63,7 +63,7 @@ class PromptStream:
             mine = self.state_dict()[key]
             if state[key] != mine:
                 raise ValueError(
-                    f"{name}: expected {state[key]} as in the checkpoint, got {mine}; resume with the data and settings "
-                    "that it was saved with"
+                    f"{name}: expected {state[key]} as in the checkpoint, got {mine}; resume with the data and the "
+                    "settings that it was saved with"
                 )
         self.taken = int(state["taken"])

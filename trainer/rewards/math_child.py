@@ -1,33 +1,14 @@
-"""Checks mathematical answers in a process of its own; run as a script, one JSON line in, one out.
+"""Compares mathematical answers; loaded in a child process, because parsing and comparing can hang inside C code."""
 
-It lives apart because parsing and comparing can hang inside C code, where nothing but the end of the process helps.
-"""
+from math_verify import parse, verify
 
-import json
-import sys
-
-
-def main() -> None:
-    # The folder of a script comes first on the path, where our files could hide a library's modules.
-    sys.path.pop(0)
-    from math_verify import parse, verify
-
-    verify(parse("1", parsing_timeout=None), parse("$1$", parsing_timeout=None), timeout_seconds=None)  # fills caches
-    print(json.dumps({"ready": True}), flush=True)
-    for line in sys.stdin:
-        answer, completion = json.loads(line)
-        try:
-            # The parent keeps the time: math_verify's own alarms need the main thread and do not stop C code.
-            gold = parse(answer, parsing_timeout=None)
-            found = parse(completion, parsing_timeout=None)
-            reply: dict[str, object] = {
-                "correct": bool(gold) and bool(verify(gold, found, timeout_seconds=None)),
-                "parsed": bool(gold),
-            }
-        except Exception as error:
-            reply = {"error": f"{type(error).__name__}: {error}"}
-        print(json.dumps(reply), flush=True)
+# fills caches, so that the first comparison is as quick as the others
+verify(parse("1", parsing_timeout=None), parse("$1$", parsing_timeout=None), timeout_seconds=None)
 
 
-if __name__ == "__main__":
-    main()
+def compare(answer: str, completion: str) -> tuple[bool, bool]:
+    """Whether the completion equals the answer, and whether the answer could be read at all."""
+    # The caller keeps the time: math_verify's own alarms do not stop C code.
+    gold = parse(answer, parsing_timeout=None)
+    found = parse(completion, parsing_timeout=None)
+    return bool(gold) and bool(verify(gold, found, timeout_seconds=None)), bool(gold)

@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
+import asyncio
 import inspect
-import logging
 import math
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from types import ModuleType
+from functools import partial
 from typing import Any
 
-from repo_ops.trainer.rewards import answers
+from repo_ops.trainer.rewards.child import CallFailed, ChildLost, InChild
+from repo_ops.trainer.rewards.serve import describe, plain
 
-log = logging.getLogger(__name__)
-
-BUILT_IN = ("exact_match", "number_match", "prefix_match")
-
+__all__ = ["RewardFunction", "Scores", "accepted_columns", "missing_columns", "score"]
 
 # f(prompts, completions, **columns) -> one number a completion, or None to leave that sample out
-RewardFunction = Callable[..., Sequence[float | None]]
+RewardFunction = Callable[..., Any]
 
 
 @dataclass
@@ -33,7 +29,9 @@ class Scores:
     parts: dict[str, list[float | None]]
     """Unweighted reward of every function by its name."""
     errors: dict[str, list[str]] = field(default_factory=dict)
-    """Messages of the exceptions of every function that raised, one for each sample lost."""
+    """Of every function that failed, what went wrong: one message for each sample lost, time-outs aside."""
+    timeouts: int = 0
+    """Samples left out because a deadline passed."""
 
 
 def score(
@@ -44,140 +42,175 @@ def score(
 ) -> Scores:
     """Weighted sum of several rewards for every completion.
 
-    A function that raises is asked again sample by sample, so that only the samples it fails on are lost; each counts
-    as one error, the first message is logged.
+    Functions in child processes and async ones work at the same time, others one after the other. Nothing that a
+    function does ends the caller: one that raises, or returns something other than one number or None a completion, is
+    asked again sample by sample, so that only the samples it fails on are lost, each with a message in `errors`. One
+    that passes its deadline, or whose process dies, loses the whole batch.
 
     Args:
-        rewards: name -> (function, weight).
+        rewards: name -> (function, weight). A function with a parameter `completions` gets everything by keyword,
+            another gets prompts and completions by position. It gets the columns that it has parameters for.
         prompts: one a completion.
         completions: decoded text.
         columns: name -> one value a completion.
     Raises:
-        ValueError: a function returns another number of rewards than it got completions, or a column is too short.
-        TypeError: a function wants a column that is not there, or returns something other than numbers and None.
+        ValueError: no function, or a column is too short.
     """
     if not rewards:
         raise ValueError("rewards: expected at least one function, got none")
     for name, values in {"prompts": prompts, **columns}.items():
         if len(values) != len(completions):
             raise ValueError(f"{name}: expected {len(completions)} values, one a completion, got {len(values)}")
-    parts: dict[str, list[float | None]] = {}
-    errors: dict[str, list[str]] = {}
-    for name, (function, _) in rewards.items():
-        _check_columns(name, function, columns)
-        parts[name], failures = _ask(name, function, prompts, completions, columns)
+    batch = _Batch(list(prompts), list(completions), columns)
+    before = _timeouts(rewards)
+    parts, errors, lost = {}, {}, 0
+    for name, outcome in _ask_all({name: function for name, (function, _) in rewards.items()}, batch).items():
+        parts[name], failures, timed_out = _settled(rewards[name][0], batch, outcome)
+        lost += timed_out
         if failures:
             errors[name] = failures
-            log.warning("reward %s: %d of %d samples left out: %s", name, len(failures), len(completions), failures[0])
     totals: list[float | None] = []
     for i in range(len(completions)):
         values = [(part[i], rewards[name][1]) for name, part in parts.items()]
         totals.append(None if any(v is None for v, _ in values) else sum(v * w for v, w in values if v is not None))
-    return Scores(totals, parts, errors)
+    return Scores(totals, parts, errors, _timeouts(rewards) - before + lost)
 
 
-def load_reward(name: str) -> RewardFunction:
-    """The reward function of that name: a built-in one, "package.module:function" or "path/to/file.py:function".
-
-    Raises:
-        ValueError: no such function.
-    """
-    if name in BUILT_IN:
-        return getattr(answers, name)
-    if name == "math_verify":
-        from repo_ops.trainer.rewards.math_answers import MathVerify
-
-        return MathVerify()
-    where, _, attribute = name.rpartition(":")
-    if not where:
-        raise ValueError(
-            f"reward: expected one of {', '.join((*BUILT_IN, 'math_verify'))}, 'module:function' or "
-            f"'path/to/file.py:function', got {name!r}"
-        )
-    function = getattr(_module(name, where), attribute, None)
-    if not callable(function):
-        raise ValueError(f"reward: expected a function {attribute!r} in {where}, found {function!r}")
-    return function
+def accepted_columns(function: RewardFunction, columns: Sequence[str]) -> list[str]:
+    """Those of the columns that the function has a parameter for; all of them where it takes **columns."""
+    parameters = inspect.signature(function).parameters.values()
+    if any(p.kind is p.VAR_KEYWORD for p in parameters):
+        return list(columns)
+    return [name for name in columns if name in {p.name for p in parameters if p.kind is not p.VAR_POSITIONAL}]
 
 
-def _module(name: str, where: str) -> ModuleType:
-    if not where.endswith(".py"):
-        try:
-            return importlib.import_module(where)
-        except ModuleNotFoundError as error:
-            raise ValueError(
-                f"reward: expected an importable module in {name!r}, got: {error}; install it, put its folder on "
-                f"PYTHONPATH, or name the file: path/to/file.py:function"
-            ) from error
-    path = Path(where).expanduser()
-    spec = importlib.util.spec_from_file_location(path.stem, path) if path.is_file() else None
-    if spec is None or spec.loader is None:
-        raise ValueError(f"reward: expected a Python file, got {where!r}; check the path")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def missing_columns(function: RewardFunction, columns: Sequence[str]) -> list[str]:
+    """Parameters that the function insists on and that are no column."""
+    wanted = [
+        p.name
+        for p in inspect.signature(function).parameters.values()
+        if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+    ]
+    if "completions" in wanted:
+        given = {"prompts", "completions"}
+    else:
+        given = set(wanted[:2])
+    return [name for name in wanted if name not in given and name not in columns]
 
 
-def _check_columns(name: str, function: RewardFunction, columns: Mapping[str, Sequence[Any]]) -> None:
-    if inspect.iscoroutinefunction(function):
-        raise TypeError(f"reward {name}: expected an ordinary function, got an async one; wrap it in asyncio.run")
+@dataclass
+class _Batch:
+    """Completions with what the functions read beside them."""
+
+    prompts: list[str]
+    completions: list[str]
+    columns: Mapping[str, Sequence[Any]]
+
+    def __len__(self) -> int:
+        return len(self.completions)
+
+    def only(self, i: int) -> _Batch:
+        columns = {name: [values[i]] for name, values in self.columns.items()}
+        return _Batch([self.prompts[i]], [self.completions[i]], columns)
+
+    def arguments(self, function: RewardFunction) -> tuple[list[Any], dict[str, Any]]:
+        """Positional and keyword arguments, the way that the function's parameters ask for them."""
+        given = {"prompts": self.prompts, "completions": self.completions, **self.columns}
+        if "completions" in inspect.signature(function).parameters:
+            return [], {name: list(given[name]) for name in accepted_columns(function, list(given))}
+        columns = {name: list(given[name]) for name in accepted_columns(function, list(self.columns))}
+        return [self.prompts, self.completions], columns
+
+
+def _ask_all(functions: Mapping[str, RewardFunction], batch: _Batch) -> dict[str, Any]:
+    """What each function returned for the whole batch, or the exception that it raised."""
+    found: dict[str, Any] = {}
+    # children first: they work while the others are asked
+    for name, function in sorted(functions.items(), key=lambda item: not isinstance(item[1], InChild)):
+        args, keywords = batch.arguments(function)
+        ask = function.begin if isinstance(function, InChild) else function
+        found[name] = _tried(partial(ask, *args, **keywords))
+    waiting = [name for name, outcome in found.items() if inspect.isawaitable(outcome)]
+    found |= dict(zip(waiting, _gathered([found[name] for name in waiting])))
+    for name, function in functions.items():
+        if isinstance(function, InChild) and found[name] is None:  # it has begun
+            found[name] = _tried(function.result)
+    return {name: found[name] for name in functions}
+
+
+def _tried(call: Callable[[], Any]) -> Any:
     try:
-        inspect.signature(function).bind([], [], **{column: [] for column in columns})
-    except TypeError as error:
-        raise TypeError(
-            f"reward {name}: expected a function of (prompts, completions, **columns) with columns "
-            f"{sorted(columns)}, got: {error}; add the column to the data or **columns to the function"
-        ) from error
+        return call()
+    except Exception as error:  # whatever a user's function raises must not end a long run
+        return error
 
 
-def _ask(
-    name: str,
-    function: RewardFunction,
-    prompts: Sequence[str],
-    completions: Sequence[str],
-    columns: Mapping[str, Sequence[Any]],
-) -> tuple[list[float | None], list[str]]:
+def _gathered(awaitables: list[Any]) -> list[Any]:
+    """The result of each, or its exception; they wait for one another at nothing."""
+
+    async def together() -> list[Any]:
+        return await asyncio.gather(*awaitables, return_exceptions=True)
+
+    if not awaitables:
+        return []
     try:
-        return _checked(name, function(list(prompts), list(completions), **columns), len(completions)), []
-    except _NotAReward as error:
-        raise error.as_shown from None
-    except Exception:  # whatever a user's function raises must not end a long run
-        pass
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return asyncio.run(together())
+    # a notebook's loop runs already and cannot be entered again
+    found: list[list[Any]] = []
+    thread = threading.Thread(target=lambda: found.append(asyncio.run(together())))
+    thread.start()
+    thread.join()
+    return found[0]
+
+
+def _settled(function: RewardFunction, batch: _Batch, outcome: Any) -> tuple[list[float | None], list[str], int]:
+    """The rewards of a batch out of what the function returned or raised; messages of what failed; time-outs."""
+    if isinstance(outcome, ChildLost):
+        count = len(batch)
+        return [None] * count, [] if outcome.timed_out else [str(outcome)] * count, count * outcome.timed_out
+    if not isinstance(outcome, Exception):
+        outcome = plain(outcome)
+        problem = _not_a_list(outcome, len(batch))
+        if problem is None:
+            numbers = [_number(value) for value in outcome]
+            return [n for n, _ in numbers], [text for _, text in numbers if text is not None], 0
+        outcome = CallFailed(problem)
+    if len(batch) == 1:
+        return [None], [str(outcome) if isinstance(outcome, CallFailed) else describe(outcome)], 0
     values: list[float | None] = []
-    failures = []
-    for i in range(len(completions)):
-        one = {column: [content[i]] for column, content in columns.items()}
-        try:
-            values += _checked(name, function([prompts[i]], [completions[i]], **one), 1)
-        except _NotAReward as error:
-            raise error.as_shown from None
-        except Exception as error:
-            values.append(None)
-            failures.append(f"{type(error).__name__}: {error}")
-    return values, failures
+    messages: list[str] = []
+    timed_out = 0
+    for i in range(len(batch)):
+        one = batch.only(i)
+        value, message, late = _settled(function, one, _ask_all({"": function}, one)[""])
+        values, messages, timed_out = values + value, messages + message, timed_out + late
+        if late:  # no more deadlines are spent on this batch
+            rest = len(batch) - i - 1
+            return values + [None] * rest, messages, timed_out + rest
+    return values, messages, timed_out
 
 
-class _NotAReward(Exception):  # noqa: N818
-    """The function came back with something that is no list of rewards: a mistake in it, not a bad sample."""
-
-    def __init__(self, as_shown: Exception) -> None:
-        self.as_shown = as_shown
-
-
-def _checked(name: str, values: Any, wanted: int) -> list[float | None]:
-    if isinstance(values, str) or not hasattr(values, "__len__"):
-        raise _NotAReward(TypeError(f"reward {name}: expected a list of numbers or None, got {type(values).__name__}"))
+def _not_a_list(values: Any, wanted: int) -> str | None:
+    if isinstance(values, (str, bytes, Mapping)) or not hasattr(values, "__len__"):
+        return f"returned {type(values).__name__}, expected a list of numbers or None"
     if len(values) != wanted:
-        raise _NotAReward(ValueError(f"reward {name}: expected {wanted} rewards, one a completion, got {len(values)}"))
-    out: list[float | None] = []
-    for i, value in enumerate(values):
-        try:
-            number = None if value is None else float(value)
-        except (TypeError, ValueError):
-            raise _NotAReward(TypeError(f"reward {name}[{i}]: expected a number or None, got {value!r}")) from None
-        if number is not None and not math.isfinite(number):
-            raise _NotAReward(
-                ValueError(f"reward {name}[{i}]: expected a finite number, got {number}; None leaves a sample out")
-            )
-        out.append(number)
-    return out
+        return f"returned {len(values)} rewards for {wanted} completions, expected one each"
+    return None
+
+
+def _number(value: Any) -> tuple[float | None, str | None]:
+    """The reward as a float, or None and why it is none."""
+    if value is None:
+        return None, None
+    try:
+        number = math.nan if isinstance(value, str) else float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    return (number, None) if math.isfinite(number) else (None, f"returned {value!r}, expected a finite number or None")
+
+
+def _timeouts(rewards: Mapping[str, tuple[RewardFunction, float]]) -> int:
+    """Samples that functions with a deadline of their own have left out so far."""
+    return sum(getattr(function, "timeouts", 0) for function, _ in rewards.values())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import itertools
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +27,8 @@ class Example:
     """Raw text; the completion goes on from its last character."""
     columns: dict[str, Any]
     """What the reward functions read beside prompt and completion: `answer`."""
+    source: str = ""
+    """The data set that it is from, where there are several."""
 
 
 @dataclass(frozen=True)
@@ -34,14 +36,22 @@ class Task:
     """Prompts to train on, prompts held out, and how to sample and score them."""
 
     name: str
-    train: list[Example]
+    train: Sequence[Example]
+    """May lie on disk: an example is made when it is asked for."""
     heldout: list[Example]
     stop: tuple[str, ...]
     """Characters that end a completion."""
     max_new_tokens: int
     """Tokens that an answer may take."""
-    reward: RewardFunction
-    """The reward that suits the task; a run may use others."""
+    reward: RewardFunction | None
+    """The reward that suits the task; a run may use others. None: it has to."""
+    notes: tuple[str, ...] = ()
+    """What was left out of the data, in sentences."""
+
+    @property
+    def columns(self) -> list[str]:
+        """What every example brings to the rewards beside its prompt."""
+        return sorted(self.train[0].columns)
 
 
 @dataclass(frozen=True)

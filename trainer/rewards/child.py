@@ -1,0 +1,174 @@
+"""A function in a process of its own that is killed at a deadline.
+
+Nothing milder ends every hang: a regular expression or a power of integers keeps Python's lock, so that neither an
+alarm nor another thread gets a turn, and a thread cannot be stopped from outside at all.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import multiprocessing
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+__all__ = ["CallFailed", "Child", "ChildLost", "InChild"]
+
+# The child imports what the function needs before it answers; sympy alone took 8 s on a loaded machine.
+START_SECONDS = 120.0
+
+
+_P = inspect.Parameter
+_KINDS = (_P.POSITIONAL_ONLY, _P.POSITIONAL_OR_KEYWORD, _P.VAR_POSITIONAL, _P.KEYWORD_ONLY, _P.VAR_KEYWORD)
+
+
+class CallFailed(Exception):  # noqa: N818
+    """The function raised; the message says what and where."""
+
+
+class ChildLost(Exception):  # noqa: N818
+    """No answer: the deadline passed, or the process ended by itself. The next call starts another."""
+
+    def __init__(self, message: str, *, timed_out: bool) -> None:
+        super().__init__(message)
+        self.timed_out = timed_out
+
+
+class Child:
+    """The function `name` ("module:function" or "file.py:function"), sync or async, in a child process.
+
+    The process starts with the first `start` or `begin`, and again with the next one after it was lost. Arguments and
+    results are pickled. What the function prints appears as usual; what it keeps in memory is lost with the process.
+
+    Args:
+        seconds: deadline of one call.
+    """
+
+    _process: subprocess.Popen[bytes] | None = None
+    _connection: Connection
+    _sent = 0.0
+    _allowed = 0.0
+    _waiting = False
+
+    def __init__(self, name: str, seconds: float) -> None:
+        if not seconds > 0:
+            raise ValueError(f"seconds: expected > 0, got {seconds}")
+        self.name = name
+        self.seconds = seconds
+        self.parameters: list[tuple[str, int, bool]] = []
+
+    def start(self) -> None:
+        """Starts the process, unless it runs.
+
+        Raises:
+            ValueError: it finds no such function, or does not come up.
+        """
+        if self._process is not None:
+            return
+        self._connection, theirs = multiprocessing.Pipe()
+        command = [sys.executable, str(Path(__file__).with_name("serve.py")), str(theirs.fileno())]
+        self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()])
+        theirs.close()
+        try:
+            self._send((self.name, sys.path), START_SECONDS)
+            kind, self.parameters = self._receive()
+        except ChildLost as lost:
+            raise ValueError(f"reward: the process for {self.name!r} did not start: {lost}") from None
+        if kind == "refused":
+            self.close()
+            raise ValueError(str(self.parameters))
+
+    def begin(self, *args: Any, **kwargs: Any) -> None:
+        """Sends a call; `result` waits for what comes of it.
+
+        The child's random generators are seeded from this process's first, so that a run which goes on from a
+        checkpoint, where that state is kept, meets the same numbers.
+        """
+        if self._waiting:  # for the answer to a call that was interrupted
+            self.close()
+        self.start()
+        self._send((args, kwargs, random.getrandbits(32)), self.seconds)
+
+    def result(self) -> Any:
+        """What the function returned to the call that was begun.
+
+        Raises:
+            CallFailed: it raised.
+            ChildLost: the deadline passed, or the process ended.
+        """
+        kind, value = self._receive()
+        if kind == "raised":
+            raise CallFailed(value)
+        return value
+
+    def close(self) -> None:
+        """Ends the process."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            self._connection.close()
+            self._process, self._waiting = None, False
+
+    def __del__(self) -> None:
+        self.close()
+
+    def _send(self, message: tuple[Any, ...], seconds: float) -> None:
+        self._allowed, self._sent, self._waiting = seconds, time.monotonic(), True
+        with contextlib.suppress(OSError):  # it has ended: what waits for the answer finds out
+            self._connection.send(message)
+
+    def _receive(self) -> tuple[str, Any]:
+        assert self._process is not None
+        try:
+            if self._connection.poll(max(0.0, self._sent + self._allowed - time.monotonic())):
+                answer = self._connection.recv()
+                self._waiting = False
+                return answer
+        except (EOFError, OSError):
+            status = self._process.wait()
+            self.close()
+            raise ChildLost(f"its process ended with status {status}", timed_out=False) from None
+        self.close()
+        raise ChildLost(f"no answer within {self._allowed:g} s", timed_out=True)
+
+
+class InChild:
+    """A reward function, by name, in a child process: a hang costs the batch its deadline and nothing else.
+
+    Args:
+        seconds: deadline of one call, which scores all completions of a step.
+    Raises:
+        ValueError: no such function.
+    """
+
+    def __init__(self, name: str, seconds: float) -> None:
+        self.child = Child(name, seconds)
+        self.child.start()
+        self.__signature__ = inspect.Signature(
+            [
+                inspect.Parameter(p, _KINDS[kind], default=None if optional else inspect.Parameter.empty)
+                for p, kind, optional in self.child.parameters
+            ]
+        )
+
+    def begin(self, *args: Any, **kwargs: Any) -> None:
+        """Sends a batch, so that several functions work at the same time; `result` waits for its rewards."""
+        self.child.begin(*args, **kwargs)
+
+    def result(self) -> Sequence[float | None]:
+        """The rewards of the batch that was begun last."""
+        return self.child.result()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Sequence[float | None]:
+        self.begin(*args, **kwargs)
+        return self.result()
+
+    def close(self) -> None:
+        """Ends the process."""
+        self.child.close()
