@@ -23,6 +23,7 @@ def train(arguments: Sequence[str]) -> None:
     config = parse_config([argument for argument in arguments if argument not in dry])
     if dry & set(arguments):
         return _dry_run(config)
+    from repo_ops.trainer.distributed import leave
     from repo_ops.trainer.failed import RunFailed
     from repo_ops.trainer.loop import train
     from repo_ops.trainer.run import prepare
@@ -43,7 +44,9 @@ def train(arguments: Sequence[str]) -> None:
         raise SystemExit(0 if end.saved else 1) from None
     except (ValueError, TypeError, OSError) as error:
         _fail("train", error, run.folder)  # a reward's mistake, a full disk; what else goes wrong shows its traceback
-    show_run(found, folder=run.folder)
+    if run.learner.ranks.is_first:
+        show_run(found, folder=run.folder)
+    leave()
 
 
 def _dry_run(config: TrainConfig) -> None:

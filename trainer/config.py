@@ -167,6 +167,21 @@ class TrainConfig:
     """Compute the layers below the head in bfloat16; weights, head and loss stay in dtype."""
     device: str | None = None
     """cpu, cuda, cuda:1... (none: a GPU where torch sees one, else the CPU)."""
+    replicas: int = 1
+    """Whole copies of the model over all ranks that torchrun started, each sharded over ranks / replicas neighbours
+    (nodes: hybrid sharding); with one rank there is nothing to shard."""
+    cpu_offload: bool = False
+    """Sharded parameters, gradients and AdamW's state live in the CPU's memory; needs more ranks than one."""
+    recompute_layers: bool = False
+    """Activation checkpointing: layers are computed again in the backward; a third more time for less memory."""
+    lora_rank: int = 0
+    """Rank of LoRA adapters; only they are trained, and merged into the exported model (0: the whole model is)."""
+    lora_alpha: float | None = None
+    """Adapters are scaled by lora_alpha / lora_rank (> 0; none: 2 * lora_rank)."""
+    lora_targets: list[str] | str = "all-linear"
+    """Layers that get an adapter, e.g. [q_proj,v_proj,lm_head]; all-linear: all linear layers but the head."""
+    liger: bool | None = None
+    """liger-kernel's RMSNorm, RoPE and SwiGLU in the layers (none: on a GPU, where it is installed)."""
     threads: int | None = None
     """CPU threads of torch (none: its own choice)."""
     save_model: bool = True
@@ -234,6 +249,10 @@ class TrainConfig:
                 f"top_p: expected 1, or a top_k beside it, with engine {self.engine}, got {self.top_p}; without top_k "
                 "vLLM does not report which tokens it kept"
             )
+        if self.lora_rank == 0 and (self.lora_alpha is not None or self.lora_targets != "all-linear"):
+            raise ValueError("lora_alpha, lora_targets: expected a lora_rank beside them, got 0; set lora_rank")
+        if self.lora_alpha is not None and not self.lora_alpha > 0:
+            raise ValueError(f"lora_alpha: expected more than 0, got {self.lora_alpha}")
         if "beta" in self.objective_args:
             raise ValueError("objective_args: beta has a key of its own; write --beta instead")
         tracker_names(self.report_to)
@@ -301,7 +320,8 @@ _AT_LEAST = {
     ("dynamic_sampling_max_rounds",): 1,
     ("divergence_top_k", "heldout_samples", "log_steps", "max_new_tokens", "micro_batch_tokens", "threads"): 1,
     ("sample_rows", "nonfinite_limit"): 1,
-    ("keep_last",): 1,
+    ("keep_last", "replicas"): 1,
+    ("lora_rank",): 0,
     ("save_steps",): 0,
     ("group_size",): 2,
 }

@@ -6,6 +6,7 @@ import math
 import random
 from collections.abc import Sequence
 
+from repo_ops.trainer.distributed import Ranks
 from repo_ops.trainer.rewards import Rewards
 from repo_ops.trainer.rollout import RolloutEngine
 from repo_ops.trainer.tasks import Example
@@ -27,6 +28,7 @@ def evaluate(
     ks: Sequence[int] = (1,),
     success: float = 1.0,
     seed: int = 0,
+    ranks: Ranks | None = None,
 ) -> dict[str, float]:
     """Mean reward, greedy and sampled, and pass@k, with 95 % intervals, over the examples.
 
@@ -40,6 +42,7 @@ def evaluate(
         ks: pass@k for these k <= num_samples.
         success: least value of the first reward that counts as solved.
         seed: of the samples. The same seed before and after training compares like with like.
+        ranks: those that call this together; the reward is asked on the first.
     Returns:
         prompts                            number of examples
         greedy_mean                        mean reward of the most probable completion
@@ -60,12 +63,20 @@ def evaluate(
     if not examples:
         return {}
     sampling = {"max_new_tokens": max_new_tokens, "seed": seed}
-    groups = _outcomes(engine, examples, rewards, num_samples=1, temperature=1.0, greedy=True, **sampling)
+    ranks = ranks or Ranks()
+    groups = _outcomes(engine, examples, rewards, num_samples=1, temperature=1.0, greedy=True, ranks=ranks, **sampling)
     greedy = [group[0] for group in groups]
     sampled: list[list[_Outcome]] = []
     if num_samples:
         sampled = _outcomes(
-            engine, examples, rewards, num_samples=num_samples, temperature=temperature, greedy=False, **sampling
+            engine,
+            examples,
+            rewards,
+            num_samples=num_samples,
+            temperature=temperature,
+            greedy=False,
+            ranks=ranks,
+            **sampling,
         )
 
     def summary(chosen: Sequence[int]) -> dict[str, float]:
@@ -140,6 +151,7 @@ def _outcomes(
     temperature: float,
     greedy: bool,
     seed: int,
+    ranks: Ranks,
 ) -> list[list[_Outcome]]:
     """For every example what its completions came to."""
     groups = engine.generate(
@@ -151,7 +163,7 @@ def _outcomes(
         seed=seed,
     )
     rows = [(example, completion) for example, group in zip(examples, groups, strict=True) for completion in group]
-    scores = rewards.score(rows, max_new_tokens=max_new_tokens)
+    scores = ranks.from_first(lambda: rewards.score(rows, max_new_tokens=max_new_tokens))
     deciding = next(iter(scores.parts.values()))
     finished = [completion.finished for _, completion in rows]
     flat = list(zip(scores.totals, deciding, finished))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from statistics import fmean, pstdev
 
 import torch
@@ -12,6 +13,7 @@ import torch
 import repo_ops
 from repo_ops.replay import ReplayBuffer, Sample
 from repo_ops.trainer.config import TrainConfig
+from repo_ops.trainer.distributed import Ranks
 from repo_ops.trainer.learner import ScoredSequence, reads_top_logps
 from repo_ops.trainer.rewards import Scores, reward_metrics
 from repo_ops.trainer.rollout import Completion, encode_prompts
@@ -91,8 +93,10 @@ def collect(run: Run, step: int) -> Collected:
         )
         seconds += time.perf_counter() - started
         rows = [(example, c) for example, group in zip(examples, completions, strict=True) for c in group]
-        scores.append(run.rewards.score(rows, max_new_tokens=run.max_new_tokens))
-        generated += scored_groups(run, examples, completions, scores[-1])
+        # once for all ranks: a reward may cost money, or answer differently when it is asked again
+        scored = run.learner.ranks.from_first(partial(run.rewards.score, rows, max_new_tokens=run.max_new_tokens))
+        scores.append(scored)
+        generated += scored_groups(run, examples, completions, scored)
         if sum(group.varied for group in generated) >= wanted:
             break
     varied_first = sorted(range(len(generated)), key=lambda i: not generated[i].varied)
@@ -125,13 +129,20 @@ def scored_groups(
     return groups
 
 
-def draw_and_push(buffer: ReplayBuffer | None, groups: Sequence[Group], *, version: int, temperature: float) -> None:
-    """Draw earlier samples of every prompt of the step, and only then store the new ones."""
+def draw_and_push(
+    buffer: ReplayBuffer | None, groups: Sequence[Group], *, version: int, temperature: float, ranks: Ranks
+) -> None:
+    """Draw earlier samples of every prompt of the step, and only then store the new ones; each on its home rank."""
     if buffer is None:
         return
-    for group in groups:
-        group.replayed = buffer.draw(group.example.prompt, version=version)
-    for group in groups:
+    home = [ranks.keeps(group.example.prompt) for group in groups]
+    prompts = [group.example.prompt for group in groups]
+    drawn = [buffer.draw(prompt, version=version) if own else [] for prompt, own in zip(prompts, home)]
+    for group, *parts in zip(groups, *ranks.gather(drawn)):
+        group.replayed = [sample for part in parts for sample in part]
+    for group, own in zip(groups, home):
+        if not own:
+            continue
         samples = [
             Sample(c.token_ids, c.logps, reward, parts, version, temperature, c.finished, c.text)
             for c, reward, parts in zip(group.completions, group.rewards, group.parts, strict=True)

@@ -8,10 +8,15 @@ from typing import TYPE_CHECKING
 from repo_ops.trainer.config import learning_rate, save_config
 from repo_ops.trainer.evaluate import evaluate
 from repo_ops.trainer.groups import collect, draw_and_push, group_metrics, seed_of, with_advantages
-from repo_ops.trainer.log import RunLog, read_metrics, summarize_run
 from repo_ops.trainer.memory import peak_memory_mb, reset_peak_memory
-from repo_ops.trainer.report import draw_report
+from repo_ops.trainer.nonfinite import NonfiniteGuard
+from repo_ops.trainer.progress import Progress
+from repo_ops.trainer.publish import publish
+from repo_ops.trainer.reporting import reporting
 from repo_ops.trainer.run import Run
+from repo_ops.trainer.samples import rows_of_step
+from repo_ops.trainer.summary import summarize_run
+from repo_ops.trainer.throughput import throughput
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -20,48 +25,65 @@ __all__ = ["train"]
 
 
 def train(run: Run, *, name: str = "train", console: Console | None = None) -> dict[str, float]:
-    """Trains, and writes metrics.jsonl, config.yaml, report.png and the model to the run's folder.
+    """Trains, and writes metrics.jsonl, config.yaml, report.html and the model to the run's folder.
 
     Args:
         run: from `repo_ops.trainer.run.prepare`.
         name: of the run, in the progress bar and in the report.
     Returns:
-        The numbers of the final table (`log.summarize_run`).
+        The numbers of the final table (`summary.summarize_run`).
+    Raises:
+        RunFailed: memory ran out, or too many steps in a row were not finite.
+        Stopped: a signal ended the run; what it had done is saved.
     """
-    config, device = run.config, run.model.device
-    save_config(config, run.folder / "config.yaml")
-    with RunLog(run.folder, name=name, steps=config.steps, every=config.log_steps, console=console) as log:
-        log.say(run.describe())
-        log.step(0, held_out(run))
-        for step in range(1, config.steps + 1):
-            reset_peak_memory(device)
+    config, ranks = run.config, run.learner.ranks
+    if ranks.is_first:
+        save_config(config, run.folder / "config.yaml")
+    with (
+        reporting(run, name=name, console=console, resumed_at=run.resumed_at) as log,
+        Progress(run, log.say) as progress,
+    ):
+        guard = NonfiniteGuard(run.learner, run.folder, limit=config.nonfinite_limit, say=log.say)
+        for sentence in (run.describe(), *run.notes):
+            log.say(sentence)
+        run.engine.sync(progress.done)
+        if run.resumed is None or progress.unfinished is not None:  # the evaluation before training, or a dropped one
+            with progress.droppable():
+                evaluation = held_out(run)
+            log.step(progress.done, {**(progress.unfinished or {}), **evaluation})
+            progress.logged()
+        for step in range(progress.done + 1, config.steps + 1):
+            reset_peak_memory(ranks.device)
             started = time.perf_counter()
-            collected = collect(run, step)
-            draw_and_push(run.buffer, collected.groups, version=step - 1, temperature=config.temperature)
+            with progress.droppable():
+                collected = collect(run, step)
+            temperature = config.temperature
+            draw_and_push(run.buffer, collected.groups, version=step - 1, temperature=temperature, ranks=ranks)
             sequences = with_advantages(config, collected.groups)
             metrics = run.learner.step(sequences, lr=learning_rate(config, step))
-            if metrics["learner/nonfinite"]:
-                log.say(f"step {step}: the loss or the gradient was not finite; the parameters were left as they were")
+            guard.check(step, sequences, metrics)
             run.engine.sync(step)
 
             seconds = time.perf_counter() - started
             metrics |= group_metrics(collected, sequences)
-            metrics |= run.buffer.metrics(step) if run.buffer is not None else {}
+            metrics |= throughput(metrics, run.model, ranks)
+            metrics |= ranks.buffer_metrics(run.buffer.metrics(step)) if run.buffer is not None else {}
             metrics |= {
                 "time/generate": collected.seconds,
                 "time/rest": seconds - collected.seconds - metrics["time/learner"],
                 "tokens_per_second": collected.tokens / seconds,
-                "memory/peak_mb": peak_memory_mb(device),
+                "memory/peak_mb": peak_memory_mb(ranks.device),
             }
+            progress.learned(step, metrics)
             if step == config.steps or (config.eval_steps and step % config.eval_steps == 0):
-                metrics |= held_out(run)
+                with progress.droppable():
+                    metrics |= held_out(run)
             log.step(step, metrics)
-
-    if config.save_model:
-        run.model.save_pretrained(run.folder / "model")
-        run.tokenizer.save_pretrained(run.folder / "model")
-    draw_report({name: run.folder}, run.folder / "report.png", title=run.describe())
-    return summarize_run(read_metrics(run.folder))
+            log.completions(step, rows_of_step(step, collected.groups, sequences))
+            progress.logged()
+        found = summarize_run(log.lines)
+        publish(run, found)
+    return found
 
 
 def held_out(run: Run) -> dict[str, float]:
@@ -77,5 +99,6 @@ def held_out(run: Run) -> dict[str, float]:
         ks=run.config.pass_at,
         success=run.config.eval_success,
         seed=seed_of(run.config, 0),
+        ranks=run.learner.ranks,
     )
     return {f"eval/{name}": value for name, value in found.items()}

@@ -16,13 +16,17 @@ from repo_ops.replay import ReplayBuffer
 from repo_ops.trainer.checkpoint import Checkpoint
 from repo_ops.trainer.config import TrainConfig
 from repo_ops.trainer.data import PromptStream
+from repo_ops.trainer.distributed import Ranks, join
 from repo_ops.trainer.learner import Learner, reads_top_logps
+from repo_ops.trainer.lora import add_lora
 from repo_ops.trainer.models import load_model
+from repo_ops.trainer.models.liger import patch_layers
 from repo_ops.trainer.publish import check_hub
 from repo_ops.trainer.resume import checkpoint_of, restore
 from repo_ops.trainer.rewards import Rewards
 from repo_ops.trainer.rollout import RolloutEngine
 from repo_ops.trainer.rollout.load import load_engine
+from repo_ops.trainer.rollout.over_ranks import OverRanks
 from repo_ops.trainer.sources import make_task, open_rewards, open_source
 from repo_ops.trainer.tasks import Task
 from repo_ops.trainer.trackers import check_installed, tracker_names
@@ -60,13 +64,23 @@ class Run:
 
     def describe(self) -> str:
         """One line about what is trained, dtypes included: bfloat16 weights are a common silent mistake."""
-        config = self.config
-        parameters = sum(parameter.numel() for parameter in self.learner.parameters)
+        config, ranks = self.config, self.learner.ranks
+        trained = sum(parameter.numel() for parameter in self.learner.parameters)
         compute = "bfloat16 autocast" if config.autocast else "no autocast"
         replay = f" with {config.replay} replay" if config.replay else ""
+        lora = f" of LoRA rank {config.lora_rank}" if config.lora_rank else ""
+        shared = ""
+        if ranks.size > 1:
+            copies = f" in {config.replicas} copies" if config.replicas > 1 else ""
+            gathered = "bfloat16" if config.autocast else config.dtype
+            shared = (
+                f" (optimizer {config.dtype}, layers gathered in {gathered}, gradients reduced in float32) sharded "
+                f"over {ranks.size} ranks{copies}{', on the CPU' if config.cpu_offload else ''}"
+            )
         return (
-            f"{config.objective}{replay} on {self.task.name}: {config.model}, {parameters / 1e6:.1f}M parameters in "
-            f"{config.dtype}, {compute}; {config.steps} steps of {config.prompts_per_step} x {config.group_size}"
+            f"{config.objective}{replay} on {self.task.name}: {config.model}, {trained / 1e6:.1f}M parameters{lora} in "
+            f"{config.dtype}{shared}, {compute}; "
+            f"{config.steps} steps of {config.prompts_per_step} x {config.group_size}"
         )
 
 
@@ -82,12 +96,13 @@ def prepare(config: TrainConfig) -> Run:
     _check_top_logps(config, repo_ops.get_objective(config.objective, **{"max_length": 1, **objective_args}))
     check_installed(tracker_names(config.report_to), option="report_to")
     check_installed(["pyarrow"] if config.save_completions else [], option="save_completions")
-    device = _device(config.device)
+    ranks = join(config.device)
+    _check_ranks(config, ranks)
     two = torch.zeros(2)
     repo_ops.group_advantages(two, two.long(), off_policy=two.bool(), lengths=two.long(), **config.advantages)
     check_hub(config.push_to_hub)
     notes: list[str] = []
-    checkpoint = checkpoint_of(config, notes.append)
+    checkpoint = checkpoint_of(config, ranks, notes.append)
     buffer = None
     if config.replay is not None:
         buffer = ReplayBuffer(
@@ -102,7 +117,13 @@ def prepare(config: TrainConfig) -> Run:
     transformers.set_seed(config.seed)  # of Python, numpy and torch: reward functions may use any of them
     transformers.utils.logging.disable_progress_bar()  # its bars, also when saving, would tear ours
     model, tokenizer = load_model(config.model, dtype=getattr(torch, config.dtype), seed=config.seed)
-    model.to(device)
+    if patch_layers(model, ranks.device, wanted=config.liger):
+        notes.append("liger-kernel's RMSNorm, RoPE and SwiGLU run in the layers")
+    if config.lora_rank:
+        alpha = 2.0 * config.lora_rank if config.lora_alpha is None else config.lora_alpha
+        add_lora(model, rank=config.lora_rank, alpha=alpha, targets=config.lora_targets)
+    if ranks.size == 1:  # with more each takes its shards to its device
+        model.to(ranks.device)
     task = make_task(config, source, tokenizer)
     notes += task.notes
     prompts = PromptStream(task.train, batch=config.prompts_per_step, seed=config.seed)
@@ -119,13 +140,28 @@ def prepare(config: TrainConfig) -> Run:
         betas=config.betas,
         weight_decay=config.weight_decay,
         max_grad_norm=config.max_grad_norm,
+        recompute=config.recompute_layers,
+        ranks=ranks,
+        replicas=config.replicas,
+        cpu_offload=config.cpu_offload,
     )
-    engine = load_engine(config.engine, config.engine_args, model, tokenizer, stop=task.stop, autocast=autocast)
+    engine = load_engine(
+        config.engine, config.engine_args, model, tokenizer, stop=task.stop, autocast=autocast, ranks=ranks
+    )
+    if ranks.size > 1:
+        engine = OverRanks(engine, ranks, samples_from=model if config.engine == "hf" else None)
     run = Run(config, folder, task, rewards, max_new_tokens, model, tokenizer, engine, learner, buffer, prompts)
     run.resumed, run.notes = checkpoint, notes
     if checkpoint is not None:
         run.notes += restore(run, checkpoint)
     return run
+
+
+def _check_ranks(config: TrainConfig, ranks: Ranks) -> None:
+    if ranks.size % config.replicas:
+        raise ValueError(f"replicas: expected a divisor of the {ranks.size} ranks, got {config.replicas}")
+    if config.cpu_offload and ranks.size == 1:
+        raise ValueError("cpu_offload: expected a sharded model, got one rank; start more with torchrun")
 
 
 def _check_top_logps(config: TrainConfig, objective: Objective) -> None:
@@ -153,13 +189,3 @@ def _output_folder(name: str) -> Path:
         reason = error.strerror
         raise ValueError(f"output_dir: expected a folder that can be written, got {name!r} ({reason})") from error
     return folder
-
-
-def _device(name: str | None) -> torch.device:
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:  # AssertionError: a torch without CUDA
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"device: expected one that torch can use here, got {name!r} ({reason})") from error

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
+from hashlib import blake2b
 from typing import TYPE_CHECKING, Protocol
 
 from repo_ops.trainer.failed import RunFailed
@@ -78,6 +80,20 @@ class RolloutEngine(Protocol):
 def never() -> bool:
     """False: the `should_stop` of an engine that nobody interrupts."""
     return False
+
+
+def prompt_seeds(prompts: Sequence[str], seed: int) -> list[int]:
+    """A seed below 2^62 for the completions of each prompt; a prompt that comes again in the list has another.
+
+    It does not depend on the other prompts, so that ranks that share them out sample what one rank would.
+    """
+    seen: Counter[str] = Counter()
+    seeds = []
+    for prompt in prompts:
+        key = f"{seed} {seen[prompt]} ".encode() + prompt.encode("utf-8", "surrogatepass")
+        seeds.append(int.from_bytes(blake2b(key, digest_size=8).digest(), "big") >> 2)
+        seen[prompt] += 1
+    return seeds
 
 
 def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> list[list[int]]:

@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from repo_ops.trainer.rollout import Completion, GenerationStopped, decode_completion, encode_prompts, never
+from repo_ops.trainer.rollout import (
+    Completion,
+    GenerationStopped,
+    decode_completion,
+    encode_prompts,
+    never,
+    prompt_seeds,
+)
 from repo_ops.trainer.rollout.sampler import Sampler, ShareEnded, check_sampling
 
 if TYPE_CHECKING:
@@ -76,8 +83,9 @@ class HFGenerate:
     ) -> list[list[Completion]]:
         """`num_samples` completions of each prompt, in the order of the prompts.
 
-        Each sequence draws from its own row of numbers, made from `seed` before the first token: completions do not
-        depend on the batch size (beyond rounding), and the global random state is neither read nor moved.
+        Each sequence draws from its own row of numbers, made from `seed` and its prompt before the first token:
+        completions do not depend on the other prompts or the batch size (beyond rounding), and the global random state
+        is neither read nor moved.
 
         Args:
             temperature: divides the logits (> 0). The log-probabilities are those of the divided logits.
@@ -97,8 +105,11 @@ class HFGenerate:
             raise ValueError(f"top_logps: expected from 0 to the vocabulary's {num_tokens}, got {top_logps}")
         encoded = encode_prompts(self.tokenizer, prompts)
         owners = [i for i in range(len(prompts)) for _ in range(num_samples)]
-        uniforms = torch.rand(
-            len(owners), max_new_tokens, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)
+        drawn = [torch.Generator().manual_seed(each) for each in prompt_seeds(prompts, seed)]
+        shape = num_samples, max_new_tokens
+        uniforms = torch.cat(
+            [torch.empty(0, max_new_tokens, dtype=torch.float64)]
+            + [torch.rand(shape, dtype=torch.float64, generator=generator) for generator in drawn]
         )
         order = sorted(range(len(owners)), key=lambda row: len(encoded[owners[row]]))
         sampler = Sampler(temperature=temperature, top_k=top_k, top_p=top_p, greedy=greedy, num_top=top_logps)

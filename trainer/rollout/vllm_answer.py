@@ -7,9 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
-
-from repo_ops.trainer.rollout import Completion, EngineError, decode_completion, encode_prompts
+from repo_ops.trainer.rollout import Completion, EngineError, decode_completion, encode_prompts, prompt_seeds
 from repo_ops.trainer.rollout.hf import stop_token_ids
 from repo_ops.trainer.rollout.sampler import check_sampling
 
@@ -128,7 +126,7 @@ class Answers:
                 f"tokens, got {max_new_tokens}; vLLM runs with max_model_len = {limits['max_model_len']}"
             )
         # 2^62: adding the number of a sample stays within 64 bits
-        seeds = torch.randint(2**62, (len(encoded),), generator=torch.Generator().manual_seed(seed)).tolist()
+        seeds = prompt_seeds(prompts, seed)
         request = Request(encoded, seeds, num_samples, max_new_tokens, temperature, top_k, top_p, greedy, top_logps)
         if 0 <= limits["max_logprobs"] < request.likely:
             raise ValueError(

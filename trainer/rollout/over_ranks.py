@@ -1,0 +1,60 @@
+"""Rollouts over the ranks that train together: each generates for its share of the prompts, all get everything."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext, suppress
+from typing import TYPE_CHECKING, Any
+
+from repo_ops.trainer.distributed import Ranks, whole
+from repo_ops.trainer.rollout import Completion, GenerationStopped, RolloutEngine
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+__all__ = ["OverRanks"]
+
+
+class OverRanks:
+    """The completions that `engine` alone would give for all prompts, on every rank. All ranks call it alike.
+
+    Args:
+        engine: this rank's own.
+        samples_from: the sharded model that the engine computes with, if it has none of its own. It is gathered while
+            it generates: each rank holds all of it for that time (`repo_ops.trainer.distributed.whole`).
+    """
+
+    def __init__(self, engine: RolloutEngine, ranks: Ranks, *, samples_from: PreTrainedModel | None = None) -> None:
+        self.engine = engine
+        self.ranks = ranks
+        self.samples_from = samples_from
+
+    @property
+    def should_stop(self) -> Callable[[], bool]:
+        """Asked by this rank's engine; once it is true on one rank, `generate` ends on all."""
+        return self.engine.should_stop
+
+    @should_stop.setter
+    def should_stop(self, ask: Callable[[], bool]) -> None:
+        self.engine.should_stop = ask
+
+    def sync(self, version: int) -> None:
+        """Every rank's engine gets the policy of step `version`."""
+        self.engine.sync(version)
+
+    def generate(self, prompts: list[str], **sampling: Any) -> list[list[Completion]]:
+        """The completions of each prompt, in the order of the prompts; arguments as of the engine.
+
+        Raises:
+            GenerationStopped: on all ranks, where `should_stop` came true on any.
+        """
+        found: list[list[Completion]] | None = None
+        gathered: AbstractContextManager[None] = (
+            nullcontext() if self.samples_from is None else whole(self.samples_from)
+        )
+        with gathered, suppress(GenerationStopped):  # the others wait for this rank
+            found = self.engine.generate(list(self.ranks.slice(prompts)), **sampling)
+        parts = self.ranks.gather(found)
+        if any(part is None for part in parts):
+            raise GenerationStopped
+        return [group for part in parts for group in part or ()]
