@@ -2,7 +2,11 @@
 
 import contextlib
 import json
+import os
+import subprocess
+import sys
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
@@ -416,6 +420,27 @@ def test_what_the_trainer_cannot_do_is_refused(tmp_path):
     with pytest.raises(ValueError, match="shared_rows: expected a model without dropout"):
         repo(tmp_path, model=model)
     repo(tmp_path, model=model, shared_rows=False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rows", ["shared", "separate"])
+def test_two_ranks_train_to_the_parameters_of_one(tmp_path, rows):
+    here = Path(__file__).parent
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1", "PYTHONPATH": str(here)}
+    environment["TRL_EXPERIMENTAL_SILENCE"] = "1"
+    found = []
+    for ranks in (1, 2):
+        folder = tmp_path / str(ranks)
+        folder.mkdir()
+        launch = ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--standalone"] if ranks > 1 else []
+        command = [sys.executable, *launch, str(here / "worker_trl_ddp.py"), str(folder), rows]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
+        assert done.returncode == 0, done.stderr[-4000:]
+        found.append(torch.load(folder / "result.pt", weights_only=True))
+    one, two = found
+    assert (two["ranks"], two["wrapped"]) == (2, "DistributedDataParallel")
+    assert one["buffer"] == two["buffer"]
+    same(two["parameters"], one["parameters"], atol=2e-6)
 
 
 def test_lora_trains_with_shared_rows(tmp_path):

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from repo_ops.advantages import get_estimator
-from repo_ops.integrations.trl.options import objective_of, refuse_unread
+from repo_ops.integrations.trl.options import mapping, objective_of, refuse_unread
 from repo_ops.integrations.trl.version import supported_trl
 from repo_ops.replay import strategy_names
 
@@ -109,7 +109,8 @@ class RePOConfig(GRPOConfig):
         """How `repo_ops.group_advantages` is called for rows that TRL gave no advantage."""
         if self.advantage_estimator is None:
             return {"mode": self.advantage_mode, "estimator": SCALES.get(self.scale_rewards, "grpo")}
-        return {"mode": self.advantage_mode, "estimator": self.advantage_estimator, **self.advantage_args}
+        hyper = mapping("advantage_args", self.advantage_args)
+        return {"mode": self.advantage_mode, "estimator": self.advantage_estimator, **hyper}
 
     def _check_objective(self) -> None:
         objective = objective_of(self)
@@ -129,7 +130,7 @@ class RePOConfig(GRPOConfig):
         if self.advantage_mode not in ("split", "mixed"):
             raise ValueError(f"advantage_mode: expected 'split' or 'mixed', got {self.advantage_mode!r}")
         if self.advantage_estimator is not None:
-            get_estimator(self.advantage_estimator, **self.advantage_args)
+            get_estimator(self.advantage_estimator, **mapping("advantage_args", self.advantage_args))
         elif self.advantage_args:
             raise ValueError(f"advantage_args: expected none without advantage_estimator, got {self.advantage_args}")
         if not self.uses_ours and self.advantage_estimator is not None:

@@ -9,7 +9,7 @@ from repo_ops.objectives import Objective, get_objective
 if TYPE_CHECKING:
     from repo_ops.integrations.trl.config import RePOConfig
 
-__all__ = ["objective_of", "refuse_unread"]
+__all__ = ["mapping", "objective_of", "refuse_unread"]
 
 CLIPPED = ("grpo", "dr_grpo", "dapo", "luspo")
 TOKEN_MEAN = {"reduction": "token-mean"}
@@ -62,7 +62,7 @@ def objective_of(config: RePOConfig) -> Objective:
     Raises:
         ValueError: an option that this loss would not read is set; the message names it.
     """
-    hyper = dict(config.objective_args)
+    hyper = mapping("objective_args", config.objective_args)
     if config.objective is None:
         if hyper:
             raise ValueError(f"objective_args: expected none without objective, got {hyper}; name the objective too")
@@ -82,6 +82,13 @@ def objective_of(config: RePOConfig) -> Objective:
         if not str(error).startswith("max_length"):
             raise
         return get_objective(name, **hyper, max_length=config.max_completion_length)
+
+
+def mapping(name: str, value: dict[str, Any] | str) -> dict[str, Any]:
+    """A copy of the hyper-parameters; TRL has read those that came as JSON on a command line."""
+    if isinstance(value, str):
+        raise TypeError(f"{name}: expected a dict, or JSON that starts with a brace, got {value!r}")
+    return dict(value)
 
 
 def refuse_unread(config: RePOConfig) -> None:

@@ -77,7 +77,7 @@ class Replay:
             torch.tensor([*rewards, *(sample.reward for _, sample in replayed)], dtype=torch.float32),
             torch.tensor([place[p] for p in (*(r.prompt for r in records), *(p for p, _ in replayed))]),
             off_policy=torch.tensor([*[False] * len(records), *[True] * len(replayed)]),
-            lengths=torch.tensor([len(s.token_ids) for s in (*records, *(sample for _, sample in replayed))]),
+            lengths=torch.tensor([*(len(r.token_ids) for r in records), *(len(s.token_ids) for _, s in replayed)]),
             **self.estimator,
         ).tolist()
         rows: dict[str, list[Row]] = {prompt: [] for prompt in prompts}

@@ -49,6 +49,7 @@ class RePOTrainer(GRPOTrainer):
     Source: arXiv:2506.09340.
     """
 
+    _buffered_inputs: Any
     _tag_names = ["trl", "grpo", "repo"]  # noqa: RUF012  (TRL's own form)
     _name = "RePO"
     _paper = {  # noqa: RUF012
@@ -109,15 +110,14 @@ class RePOTrainer(GRPOTrainer):
         from repo_ops.trainer.backbone import Backbone
 
         dropout = [name for name, m in self.model.named_modules() if isinstance(m, nn.Dropout) and m.p > 0]
-        if dropout or getattr(self._base.config.get_text_config(), "attention_dropout", 0.0):
+        if getattr(self._base.config.get_text_config(), "attention_dropout", 0):
+            dropout.append("its attention")
+        if dropout:
             raise ValueError(
-                f"shared_rows: expected a model without dropout, got some in {(dropout or ['its attention'])[0]}; "
-                "completions of a prompt would share it: set it to 0, or shared_rows=False"
+                f"shared_rows: expected a model without dropout, got some in {dropout[0]}; completions of a prompt "
+                "would share it: set it to 0, or shared_rows=False"
             )
-        if (
-            getattr(self.model, "active_peft_config", None) is not None
-            and self.model.active_peft_config.is_prompt_learning
-        ):
+        if is_peft_model(self.model) and self.model.active_peft_config.is_prompt_learning:
             raise ValueError("shared_rows: expected no prompt learning, got virtual tokens; set shared_rows=False")
         backbone = Backbone(self._base)
         _add_policy_forward(self._base)
@@ -182,10 +182,9 @@ class RePOTrainer(GRPOTrainer):
             return rows
         if all(row.old_logps is not None for row in rows):  # TRL has computed them, of the same weights
             return [replace(row, sampler_logps=row.old_logps) for row in rows]
-        known = [i for i, row in enumerate(rows) if row.token_ids]
-        found = iter(self._logps([rows[i] for i in known]))
-        logps = {i: next(found) for i in known}
-        return [replace(row, sampler_logps=logps.get(i, ())) for i, row in enumerate(rows)]
+        # every row takes part, masked ones as well: ranks must run as many forwards as each other
+        found = self._logps([row if row.token_ids else _anchor(row) for row in rows])
+        return [replace(row, sampler_logps=logps[: len(row.token_ids)]) for row, logps in zip(rows, found, strict=True)]
 
     def _logps(self, rows: list[Row]) -> list[tuple[float, ...]]:
         """Log-probabilities of each row's tokens now."""
