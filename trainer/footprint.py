@@ -1,13 +1,13 @@
-"""What a run needs of memory and arithmetic, from its settings and the shape of its model; docs/memory.md derives it.
+"""What a run needs of memory and arithmetic, from its settings and the shape of its model; docs/running.md derives it.
 
 Weights, gradients and AdamW's state are exact. The rest is an estimate: nothing is run on data, and allocators round.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,11 +15,13 @@ from torch._subclasses import FakeTensorMode
 
 from repo_ops.head.plan import CPU_BUDGET, GPU_ROWS
 from repo_ops.trainer.config import TrainConfig
+from repo_ops.trainer.lora import add_lora
+from repo_ops.trainer.recompute import recompute_layers
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
-__all__ = ["Parameters", "Workload", "activation_bytes", "flops_of_step", "memory_at_rest", "parts_at_peak"]
+__all__ = ["Parameters", "Workload", "activation_bytes", "flops_of_step", "memory_at_rest", "parts_at_peak", "sketched"]
 
 SEQUENCES_AT_ONCE = 128
 """Most sequences that rollout/hf.py samples together."""
@@ -39,9 +41,8 @@ class Workload:
     micro_batch_tokens: int
 
     @classmethod
-    def of(cls, config: TrainConfig, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> Workload:
-        """From a run's settings and its encoded prompts."""
-        lengths = [len(ids) for ids in prompts]
+    def of(cls, config: TrainConfig, lengths: Sequence[int], max_new_tokens: int) -> Workload:
+        """From a run's settings and the lengths of its prompts in tokens."""
         return cls(
             longest_prompt=max(lengths),
             mean_prompt=sum(lengths) / len(lengths),
@@ -119,23 +120,48 @@ def parts_at_peak(config: TrainConfig, shape: PretrainedConfig, device: torch.de
     }
 
 
-def activation_bytes(config: TrainConfig, shape: PretrainedConfig, device: torch.device, work: Workload) -> int:
-    """Bytes that autograd keeps of the layers below the head for the largest micro-batch.
-
-    Counted, not modelled: the layers run once on tensors without storage, and what is saved for the backward is added
-    up, each storage once, weights left out.
-    """
+@contextmanager
+def sketched(config: TrainConfig, shape: PretrainedConfig, device: torch.device) -> Iterator[PreTrainedModel]:
+    """The model that a run would train, its tensors without storage; only inside the block."""
     from transformers import AutoModelForCausalLM
 
-    saved: dict[int, tuple[int, Any]] = {}
-    with FakeTensorMode(), torch.device(device):
-        model = AutoModelForCausalLM.from_config(shape, dtype=getattr(torch, config.dtype))
-        own = {p.untyped_storage()._cdata for p in model.parameters()}
+    # made without a device first: neither initial values nor adapters can be set on tensors without storage
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(shape, dtype=getattr(torch, config.dtype)).eval()
+        if config.lora_rank:
+            add_lora(model, rank=config.lora_rank, alpha=1.0, targets=config.lora_targets)
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.device(device):
+        model.to_empty(device=device)
+        model.tie_weights()
+        yield model
+
+
+def activation_bytes(config: TrainConfig, shape: PretrainedConfig, device: torch.device, work: Workload) -> int:
+    """Bytes that autograd keeps of the layers below the head for the largest micro-batch, at the peak.
+
+    With recompute_layers: the input of every layer, and what one of them keeps while it is computed again.
+    """
+    kept = _saved_bytes(config, shape, device, work)
+    if not config.recompute_layers:
+        return kept
+    whole = _saved_bytes(replace(config, recompute_layers=False), shape, device, work)
+    return kept + (whole - kept) // shape.get_text_config().num_hidden_layers
+
+
+def _saved_bytes(config: TrainConfig, shape: PretrainedConfig, device: torch.device, work: Workload) -> int:
+    """Counted, not modelled: the layers run once on tensors without storage, and what is saved for the backward is
+    added up, each storage once, weights left out.
+    """
+    saved: dict[int, Any] = {}
+    with sketched(config, shape, device) as model:
+        weights = {p.untyped_storage()._cdata for p in model.parameters()}
+        if config.recompute_layers:
+            recompute_layers(model)
 
         def note(tensor: torch.Tensor) -> torch.Tensor:
             storage = tensor.untyped_storage()
-            if storage._cdata not in own:
-                saved[storage._cdata] = (storage.nbytes(), storage)  # kept alive: its key stays its own
+            if storage._cdata not in weights:
+                saved[storage._cdata] = storage  # kept alive, so that no other storage is given its address
             return tensor
 
         size = (work.rows, work.row)
@@ -148,11 +174,11 @@ def activation_bytes(config: TrainConfig, shape: PretrainedConfig, device: torch
                 attention_mask=mask,
                 use_cache=False,
             )
-    return sum(number for number, _ in saved.values()) + mask.numel()
+    return sum(storage.nbytes() for storage in saved.values()) + mask.numel()
 
 
 def head_bytes(shape: PretrainedConfig, device: torch.device, dtype: torch.dtype, work: Workload) -> int:
-    """Bytes that the fused head holds beyond hidden states and gradients: its tile, and float32 sums for 16-bit weights.
+    """Bytes that the fused head holds beyond hidden states and gradients: its tile; for 16-bit weights float32 sums.
 
     A tile holds all completion tokens of the micro-batch, unless they are more than the budget (on a GPU: GPU_ROWS).
     """
@@ -177,9 +203,10 @@ def cache_bytes(config: TrainConfig, shape: PretrainedConfig, work: Workload) ->
 def flops_of_step(parameters: Parameters, shape: PretrainedConfig, work: Workload) -> dict[str, float]:
     """Floating-point operations of a step by part, if every completion is as long as it may be and none is dead.
 
-    A multiply-add counts 2. A token costs 2 for each weight of the layers forward and 4 backward, and in attention
-    4 * context * width of the heads a layer forward and twice that backward; the head costs 3 passes of 2 V D for each
-    completion token. Generation computes a prompt once for its samples and each new token once.
+    A multiply-add counts 2. A token costs 2 for each weight of the layers forward, and in attention 4 * context * width
+    of the heads a layer; backward the same for gradients of inputs, and once more for the share of trained weights. The
+    head costs 2 V D for each completion token as often. Generation computes a prompt once for its samples and each new
+    token once.
     """
     text = shape.get_text_config()
     width = (getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads) * text.num_attention_heads
@@ -190,8 +217,9 @@ def flops_of_step(parameters: Parameters, shape: PretrainedConfig, work: Workloa
     prompts = work.prompts * work.mean_prompt
     prompt_flops = prompts * (2 * parameters.backbone + attention * work.mean_prompt / 2)
     token_flops = 2 * parameters.backbone + attention * completion
+    passes = 2 + parameters.trained / parameters.total
     return {
         "generation": prompt_flops + fresh * (token_flops + 2 * parameters.head),
-        "learner, layers": 3 * (prompt_flops + learned * token_flops),
-        "learner, head": 3 * learned * 2 * parameters.head,
+        "learner, layers": passes * (prompt_flops + learned * token_flops),
+        "learner, head": passes * learned * 2 * parameters.head,
     }

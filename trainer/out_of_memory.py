@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from repo_ops.trainer.failed import RunFailed
-from repo_ops.trainer.footprint import Workload, activation_bytes, memory_at_rest, parts_at_peak
-from repo_ops.trainer.run_record import has_reference
+from repo_ops.trainer.footprint import Workload, activation_bytes, memory_at_rest, parts_at_peak, sketched
 from repo_ops.trainer.rollout import encode_prompts
+from repo_ops.trainer.run_record import has_reference
 
 if TYPE_CHECKING:
     from repo_ops.trainer.run import Run
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["Knob", "explain", "explained", "is_out_of_memory", "knobs"]
 
 MIB = 1 << 20
+AT_REST = ("weights", "gradients", "AdamW's averages", "reference model")
 MESSAGES = ("can't allocate memory", "not enough memory", "out of memory")
 """Of the RuntimeError that torch's CPU allocator raises, on Linux and on Windows, and of other devices' errors."""
 
@@ -54,8 +55,8 @@ def explain(run: Run, error: BaseException) -> str:
     """What was largest, the three settings that save most, and what the allocator said."""
     generating = _happened_in(error, "/rollout/")
     prompts = encode_prompts(run.tokenizer, [example.prompt for example in run.task.train])
-    work = Workload.of(run.config, prompts, run.max_new_tokens)
-    device, shape = run.model.device, run.model.config
+    work = Workload.of(run.config, [len(ids) for ids in prompts], run.max_new_tokens)
+    device, shape = run.learner.ranks.device, run.model.config
     rest = memory_at_rest(run.model, reference=has_reference(run))
     peak = parts_at_peak(run.config, shape, device, work)
     cache = "keys and values while generating"
@@ -73,7 +74,7 @@ def explain(run: Run, error: BaseException) -> str:
 
 def knobs(run: Run, work: Workload, parts: dict[str, int]) -> list[Knob]:
     """Settings of this run that save memory where it ran out, the one that saves most first."""
-    config, device, shape = run.config, run.model.device, run.model.config
+    config, device, shape = run.config, run.learner.ranks.device, run.model.config
     found = []
     activations = parts.get("activations of a micro-batch", 0)
     largest = work.rows * work.row
@@ -83,6 +84,9 @@ def knobs(run: Run, work: Workload, parts: dict[str, int]) -> list[Knob]:
         smaller = activation_bytes(config, shape, device, replace(work, micro_batch_tokens=half))
         text = f"--micro_batch_tokens {half} (now {config.micro_batch_tokens}, of which {largest} are used)"
         found.append(Knob(activations - smaller, text))
+    if activations and not config.recompute_layers:
+        less = activation_bytes(replace(config, recompute_layers=True), shape, device, work)
+        found.append(Knob(activations - less, "--recompute_layers true (a third more time)"))
     if cache := parts.get("keys and values while generating"):
         shorter = max(1, work.max_new_tokens // 2)
         saved = cache * (work.max_new_tokens - shorter) // longest
@@ -92,10 +96,16 @@ def knobs(run: Run, work: Workload, parts: dict[str, int]) -> list[Knob]:
             found.append(Knob(cache // 2, f"--prompts_per_step {fewer} (now {work.prompts})"))
     if "reference model" in parts:
         found.append(Knob(parts["reference model"], "--beta 0 (no reference model)"))
-    if config.dtype == "float32":
-        kept = sum(parts[name] for name in parts if name in ("weights", "gradients", "AdamW's averages"))
-        text = "--dtype bfloat16 (but small learning rates then move few weights)"
-        found.append(Knob(kept // 2, text))
+    rest = sum(number for name, number in parts.items() if name in AT_REST)
+    if not config.lora_rank:
+        with sketched(replace(config, lora_rank=16), shape, device) as model:
+            adapted = sum(memory_at_rest(model, reference=False).values()) // run.learner.ranks.size
+        found.append(Knob(rest - adapted, "--lora_rank 16 (adapters are trained, their reference costs nothing)"))
+    if device.type == "cuda":
+        ranks = 2 * run.learner.ranks.size
+        found.append(
+            Knob(rest // 2, f"torchrun --nproc_per_node {ranks} --no-python repo-ops train ... (twice the ranks)")
+        )
     return sorted((knob for knob in found if knob.saves > 0), key=lambda knob: -knob.saves)
 
 

@@ -7,8 +7,6 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-import torch
-
 from repo_ops.trainer.log import RunLog
 from repo_ops.trainer.out_of_memory import explained
 from repo_ops.trainer.profile import profiled
@@ -22,7 +20,7 @@ if TYPE_CHECKING:
 
     from repo_ops.trainer.run import Run
 
-__all__ = ["is_first_rank", "reporting"]
+__all__ = ["reporting"]
 
 
 @contextmanager
@@ -37,7 +35,7 @@ def reporting(
     Raises:
         RunFailed: memory ran out inside; the message says what was largest and what helps.
     """
-    config, first = run.config, is_first_rank()
+    config, first = run.config, run.learner.ranks.is_first
     trackers = []
     if first:
         start_record(run, resumed_at=resumed_at)
@@ -57,8 +55,9 @@ def reporting(
         silent=not first,
     )
     how = "finished"
+    steps = config.profile_steps if first else None
     try:
-        with log, explained(run), profiled(config.profile_steps, run.folder, run.model.device) as log.step_done:
+        with log, explained(run), profiled(steps, run.folder, run.learner.ranks.device) as log.step_done:
             yield log
     except BaseException as error:
         how = f"stopped: {str(error) or type(error).__name__}"
@@ -68,9 +67,3 @@ def reporting(
             end_record(run.folder, how)
             picture = draw_report({name: run.folder}, run.folder / "report.png", title=run.describe())
             write_page({name: run.folder}, run.folder / "report.html", picture=picture)
-
-
-def is_first_rank() -> bool:
-    """Whether this process is the one of all ranks that speaks and writes."""
-    distributed = torch.distributed
-    return not (distributed.is_available() and distributed.is_initialized()) or distributed.get_rank() == 0

@@ -15,9 +15,9 @@ from repo_ops.trainer.models.smollm2 import smollm2_folder
 from repo_ops.trainer.models.tiny import TinyModel, tiny_folder
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["TinyModel", "load_model"]
+__all__ = ["TinyModel", "load_model", "load_shape"]
 
 
 def load_model(
@@ -51,6 +51,19 @@ def load_model(
         # transformers picks SDPA by itself, except for what has none (Gemma 2), where asking for it would be an error
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     return model.eval(), tokenizer
+
+
+def load_shape(name: str, *, seed: int = 0) -> tuple[PretrainedConfig, PreTrainedTokenizerBase]:
+    """Configuration and tokenizer of the model that `load_model` would load; no weights are read.
+
+    Raises:
+        ValueError, ImportError: as `load_model`.
+    """
+    with _quiet():
+        folder = _folder(name, cache_root(None), TinyModel(seed=seed))
+        from transformers import AutoConfig, AutoTokenizer
+
+        return AutoConfig.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
 
 
 def _folder(name: str, root: Path, tiny: TinyModel) -> Path | str:
