@@ -1,20 +1,24 @@
 """Every kernel, compiled ahead of time for GPUs that need not be present, and what the compilers made of it.
 
 `inspect_kernels()` builds the same `Launch` objects that the host wrappers issue, on meta tensors, compiles them with
-`triton.compile` and reads registers, spills, shared and local memory, load width and atomics from the binaries.
+`triton.compile` and reads registers, spills, shared and local memory, load width, matrix instructions and atomics from
+the binaries. `faults()` says what of it is wrong, alone or beside a kept table of an earlier compilation.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import itertools
+import json
 import multiprocessing
 import os
 import re
 import subprocess
+import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -29,8 +33,9 @@ from triton.compiler import ASTSource
 
 from repo_ops.kernels.clipped_ratio import ratio_launch
 from repo_ops.kernels.group_advantages import advantages_launch
-from repo_ops.kernels.launch import Launch, interpreting
+from repo_ops.kernels.launch import Launch, interpreting, shared_memory_limit
 from repo_ops.kernels.logit_rows import RowStats, grads_launch, stats_launch
+from repo_ops.kernels.tiled_logps import tiled_launches
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -43,6 +48,8 @@ TARGETS = {
 # Those of Qwen3, whose rows start at 16-byte boundaries, and of Qwen2.5's tokenizer, whose rows start anywhere.
 _VOCABULARIES = {"aligned": 151936, "odd": 151665}
 _ROWS, _TOKENS, _GROUPED = 2048, 131072, 4096
+# Llama 3's head; and a hidden size that fills no step, in rows off the 16-byte boundaries.
+_HIDDEN, _ENTRIES, _ODD_HIDDEN = 4096, 128256, 1001
 
 
 @dataclass(frozen=True)
@@ -62,25 +69,26 @@ class Compiled:
     case: str
     kernel: str
     architecture: str
-    block: int
+    tile: str
+    """Block size, or rows x columns x depth of a product's tiles."""
     num_warps: int
     registers: int
     spills: int
     shared_bytes: int
     local_bytes: int
     programs_per_unit: int
-    """Programs that fit on one SM or CU at once by registers and warps (an upper bound)."""
+    """Programs that fit on one SM or CU at once by registers, warps and shared memory (an upper bound)."""
     loads: dict[int, int]
-    """Width in bytes -> number of global load instructions."""
+    """Width in bytes -> number of global load instructions, into registers or shared memory."""
     stores: dict[int, int]
     atomics: int
-    tensor_core: int
-    """Matrix instructions; none of these kernels has a product to make."""
+    tensor_core: dict[str, int]
+    """Matrix instructions by family: mma, wgmma, tcgen05 or mfma -> number."""
     bfloat16_roundings: int
     """Instructions that round float32 to bfloat16 to nearest; AMD below gfx950 does it by integer arithmetic."""
     grid_axes: tuple[str, ...]
     offset_bits: tuple[int, ...]
-    """Widths of the products of two run-time integers: a row index and a stride."""
+    """Widths of the products of two run-time integers, scalars or tensors: a row index and a stride."""
     element: str
     bytes_per_element: float
 
@@ -110,6 +118,33 @@ def _row_cases(architecture: str) -> Iterator[Case]:
             yield Case(f"row_grads {label} to bfloat16", grads(vector, out_dtype=torch.bfloat16)[0], "logit", size + 2)
             if vocabulary == "aligned":
                 yield Case(f"row_grads {label} to float16", grads(out_dtype=torch.float16)[0], "logit", size + 2)
+
+
+def _product_cases(architecture: str) -> Iterator[Case]:
+    """Plain in each dtype; with every option, and with a hidden size that nothing fits, in one; the join of shares."""
+    targets, vector = _meta(_ROWS, dtype=torch.int64), _meta(_ROWS)
+    wanted = {"with_entropy": True, "with_sum_p2": True, "with_argmax": True}
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        operands = _meta(_ROWS, _HIDDEN, dtype=dtype), _meta(_ENTRIES, _HIDDEN, dtype=dtype)
+        launches, _ = tiled_launches(*operands, targets, architecture=architecture)
+        yield Case(f"tiled_logps {_name(dtype)}", launches[0], "logit", _product_bytes(launches[0], _HIDDEN))
+        if dtype == torch.bfloat16:
+            options: dict[str, Any] = {"bias": _meta(_ENTRIES), "inv_temperature": vector, "softcap": 30.0, **wanted}
+            options |= {"rows": targets, "adapter": (_meta(_ROWS, 16, dtype=dtype), _meta(_ENTRIES, 16, dtype=dtype))}
+            everything, _ = tiled_launches(*operands, targets, architecture=architecture, **options)
+            bytes_each = _product_bytes(everything[0], _HIDDEN)
+            yield Case("tiled_logps bfloat16 everything", everything[0], "logit", bytes_each)
+            yield Case("join_shares everything", everything[1], "row's share", 16)
+            yield Case("join_shares", launches[1], "row's share", 8)
+            odd = _meta(_ROWS, _ODD_HIDDEN, dtype=dtype), _meta(_ENTRIES, _ODD_HIDDEN, dtype=dtype)
+            uneven, _ = tiled_launches(*odd, targets, architecture=architecture)
+            yield Case("tiled_logps bfloat16 odd", uneven[0], "logit", _product_bytes(uneven[0], _ODD_HIDDEN))
+
+
+def _product_bytes(launch: Launch, hidden_size: int) -> float:
+    """Of the operands' tiles, for each logit; nearly all come from L2."""
+    config, itemsize = launch.config, launch.arguments["weight"].element_size()
+    return hidden_size * itemsize * (1 / config.block + 1 / config.columns)
 
 
 def _ratio_cases(architecture: str) -> Iterator[Case]:
@@ -151,7 +186,12 @@ def _bytes_by_element(launch: Launch, count: int) -> int:
 
 def cases(architecture: str) -> list[Case]:
     """Every kernel with its launch configuration for `architecture`: each dtype, alignment and option at least once."""
-    return [*_row_cases(architecture), *_ratio_cases(architecture), *_group_cases(architecture)]
+    return [
+        *_row_cases(architecture),
+        *_product_cases(architecture),
+        *_ratio_cases(architecture),
+        *_group_cases(architecture),
+    ]
 
 
 _TYPES = {
@@ -200,16 +240,18 @@ def compile_case(case: Case, architecture: str, *, sass: bool = False) -> Compil
     binary = triton.compile(source, target=TARGETS[architecture], options=case.launch.options)
     config = case.launch.config
     if architecture.startswith("gfx"):
-        measured = _read_amd(binary.asm, config.num_warps)
+        measured = _read_amd(binary.asm)
     else:
-        measured = _read_nvidia(binary.asm, architecture, config.num_warps, sass)
+        measured = _read_nvidia(binary.asm, sass)
     ttir = str(binary.asm["ttir"])
+    resident = _resident_programs(architecture, measured["registers"], binary.metadata.shared, config.num_warps)
     return Compiled(
         case=case.name,
         kernel=case.launch.kernel.__name__,
         architecture=architecture,
-        block=config.block,
+        tile="x".join(str(size) for size in (config.block, config.columns, config.depth) if size),
         num_warps=config.num_warps,
+        programs_per_unit=resident,
         shared_bytes=binary.metadata.shared,
         grid_axes=tuple(sorted(set(re.findall(r"tt\.get_program_id (\w)", ttir)))),
         offset_bits=_offset_bits(ttir),
@@ -228,8 +270,8 @@ def _require_compiler() -> None:
 
 
 def _offset_bits(ttir: str) -> tuple[int, ...]:
-    # constants are named %c4096_i32 and the like, so a product without one has two run-time factors
-    products = re.findall(r"arith\.muli (%\w+), (%\w+) : i(\d+)", ttir)
+    # a product without a constant has two run-time factors
+    products = re.findall(r"arith\.muli (%\w+), (%\w+) : (?:tensor<[\dx]+x)?i(\d+)", ttir)
     constants = set(re.findall(r"(%\w+) = arith\.constant", ttir))
     return tuple(int(bits) for left, right, bits in products if left not in constants and right not in constants)
 
@@ -243,29 +285,44 @@ def _tool(name: str) -> str:
 
 
 _SASS_BYTES = {"128": 16, "64": 8, "": 4, "U16": 2, "S16": 2, "U8": 1, "S8": 1}
-_SASS_MEMORY = re.compile(r"(LDG|STG)\.E(?:\.(?:CONSTANT|EF|EL|LU|STRONG|GPU|SYS))*\.?(128|64|U16|S16|U8|S8|)(?:\..*)?")
-_REGISTER_FILE, _WARPS_PER_SM = 65536, {"sm_80": 64, "sm_90": 64, "sm_100": 64, "sm_120": 48}
+_SASS_MEMORY = re.compile(
+    r"(LDG|LDGSTS|STG)\.E(?:\.(?:BYPASS|CONSTANT|EF|EL|LU|STRONG|GPU|SYS))*\.?(128|64|U16|S16|U8|S8|)(?:\..*)?"
+)
+_WARPS_PER_SM = {"sm_80": 64, "sm_90": 64, "sm_100": 64, "sm_120": 48}
 
 
-def _read_nvidia(asm: dict[str, Any], architecture: str, num_warps: int, sass: bool) -> dict[str, Any]:
+def _resident_programs(architecture: str, registers: int, shared_bytes: int, num_warps: int) -> int:
+    """Programs that one SM or CU holds at once, as far as registers, warps and shared memory say."""
+    allotted = -(-max(registers, 1) // 8) * 8
+    if architecture.startswith("gfx"):
+        # 512 registers a lane on each of a CU's 4 SIMDs, given out by 8, at most 8 waves a SIMD; 64 KiB of LDS
+        warps, shared, reserved = 4 * min(8, 512 // allotted), shared_memory_limit(architecture), 0
+    else:
+        # 65536 registers; the largest program leaves 1 KiB of an SM's memory to the system, as does every other one
+        warps = min(_WARPS_PER_SM[architecture], 65536 // (allotted * 32))
+        shared, reserved = shared_memory_limit(architecture) + 1024, 1024
+    return min(warps // num_warps, shared // (shared_bytes + reserved) if shared_bytes else warps)
+
+
+def _read_nvidia(asm: dict[str, Any], sass: bool) -> dict[str, Any]:
     usage_text, instructions = _object_dump(asm["cubin"], sass)
     usage = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage_text)}
-    resident_warps = _REGISTER_FILE // (-(-usage["REG"] // 8) * 8 * 32)
     ptx = asm["ptx"]
     loads, stores = _ptx_accesses(ptx, "ld"), _ptx_accesses(ptx, "st")
+    copies = re.findall(r"cp\.async\.\w+\.shared\.global\S* \[[^]]*\], \[[^]]*\], (\w+)", ptx)
+    loads += [int(width, 0) for width in copies]
     if sass:
         found = [match for match in map(_SASS_MEMORY.fullmatch, instructions) if match]
-        loads, stores = ([_SASS_BYTES[m[2]] for m in found if m[1] == name] for name in ("LDG", "STG"))
+        loads, stores = ([_SASS_BYTES[m[2]] for m in found if m[1].startswith(name)] for name in ("LDG", "STG"))
     return {
         "registers": usage["REG"],
         # a spilled register lies in the stack frame, which is in local memory
         "spills": usage["STACK"] // 4,
         "local_bytes": usage["LOCAL"] + usage["STACK"],
-        "programs_per_unit": min(resident_warps, _WARPS_PER_SM[architecture]) // num_warps,
         "loads": _counted(loads),
         "stores": _counted(stores),
         "atomics": len(re.findall(r"^\s*(?:@!?%p\d+ )?(?:atom|red)\.", ptx, re.MULTILINE)),
-        "tensor_core": len(re.findall(r"^\s*(?:w?g?mma|tcgen05)\.", ptx, re.MULTILINE)),
+        "tensor_core": dict(Counter(re.findall(r"\b(mma|wgmma|tcgen05)\.(?:sync|mma_async|mma)\b", ptx))),
         "bfloat16_roundings": len(re.findall(r"cvt\.rn\.bf16(?:x2)?\.f32", ptx)),
     }
 
@@ -292,23 +349,20 @@ _AMD_BYTES |= {f"{name}_d16": _AMD_BYTES[name] for name in ("ushort", "short", "
 _AMD_BYTES |= {"short_d16": 2, "short_d16_hi": 2, "ubyte_d16_hi": 1, "byte_d16_hi": 1, "sbyte": 1, "sshort": 2}
 
 
-def _read_amd(asm: dict[str, Any], num_warps: int) -> dict[str, Any]:
+def _read_amd(asm: dict[str, Any]) -> dict[str, Any]:
     text = asm["amdgcn"]
     notes = {name: int(value) for name, value in re.findall(r"\.(\w+):\s+(\d+)\s*$", text, re.MULTILINE)}
-    registers = notes["vgpr_count"] + notes.get("agpr_count", 0)
-    # 512 registers a lane on each of a CU's 4 SIMDs, given out by 8, at most 8 waves a SIMD
-    resident_waves = 4 * min(8, 512 // (-(-max(registers, 1) // 8) * 8))
     loads = re.findall(r"^\s+(?:global|buffer|flat)_load_(\w+)", text, re.MULTILINE)
     stores = re.findall(r"^\s+(?:global|buffer|flat)_store_(\w+)", text, re.MULTILINE)
     return {
-        "registers": registers,
+        # of both kinds, which share one file
+        "registers": notes["vgpr_count"],
         "spills": notes["vgpr_spill_count"] + notes["sgpr_spill_count"],
         "local_bytes": notes["private_segment_fixed_size"],
-        "programs_per_unit": resident_waves // num_warps,
         "loads": _counted([_AMD_BYTES[name] for name in loads]),
         "stores": _counted([_AMD_BYTES[name] for name in stores]),
         "atomics": len(re.findall(r"^\s+(?:global|buffer|flat|ds)_\w*(?:atomic|cmpst)", text, re.MULTILINE)),
-        "tensor_core": len(re.findall(r"^\s+v_s?mfma", text, re.MULTILINE)),
+        "tensor_core": dict(Counter(re.findall(r"^\s+v_s?(mfma)", text, re.MULTILINE))),
         "bfloat16_roundings": len(re.findall(r"v_cvt_pk_bf16_f32", text)),
     }
 
@@ -344,8 +398,79 @@ def _compile_nth(item: tuple[str, int, bool]) -> Compiled:
     return compile_case(cases(architecture)[index], architecture, sass=sass)
 
 
+def faults(rows: Sequence[Compiled], kept: Mapping[str, Any] | None = None) -> list[str]:
+    """What is wrong with the binaries, one sentence each; empty if nothing is.
+
+    In itself: a spill, local memory, an atomic, more shared memory than the architecture gives, no 16-byte load where
+    rows are read, no matrix instruction where 16-bit operands are multiplied. Beside `kept` (`as_kept` of an earlier
+    run): fewer programs on a unit, narrower loads, another family of matrix instructions, more bytes an element, a case
+    that the table does not have. Register counts may move; what counts is the step of occupancy that they cost.
+    """
+    return [f"{row.case} on {row.architecture}: {text}" for row in rows for text in _faults_of(row, kept)]
+
+
+def _faults_of(row: Compiled, kept: Mapping[str, Any] | None) -> Iterator[str]:
+    for name in ("spills", "local_bytes", "atomics"):
+        if count := getattr(row, name):
+            yield f"{count} {name.replace('_', ' ')}"
+    limit = shared_memory_limit(row.architecture)
+    if row.shared_bytes > limit:
+        yield f"{row.shared_bytes} bytes of shared memory, above {limit}"
+    if row.kernel in _STREAMING and not row.case.endswith(" odd") and 16 not in row.loads:
+        yield "no 16-byte load"
+    if row.kernel == "tiled_logps_kernel" and "float32" not in row.case and not row.tensor_core:
+        yield "no matrix instruction"
+    if kept is None:
+        return
+    before = kept["cases"].get(row.architecture, {}).get(row.case)
+    if before is None:
+        yield "not in the kept table; write it anew with --keep"
+        return
+    for name, worse in (("programs_per_unit", -1), ("bytes_per_element", 1)):
+        if (getattr(row, name) - before[name]) * worse > 1e-9:
+            yield f"{name.replace('_', ' ')} went from {before[name]:g} to {getattr(row, name):g}"
+    for name in ("loads", "stores"):
+        widest = max(map(int, before[name]), default=0)
+        if max(getattr(row, name), default=0) < widest:
+            yield f"no {name[:-1]} of {widest} bytes any more"
+    if set(row.tensor_core) != set(before["tensor_core"]):
+        yield f"matrix instructions went from {before['tensor_core']} to {row.tensor_core}"
+
+
+_STREAMING = ("row_stats_kernel", "row_grads_kernel", "tiled_logps_kernel")
+_KEPT_FIELDS = ("registers", "shared_bytes", "programs_per_unit", "loads", "stores", "tensor_core", "bytes_per_element")
+
+
+def as_kept(rows: Sequence[Compiled]) -> dict[str, Any]:
+    """The rows as plain values for a JSON file: what `faults` compares later rows with."""
+    table: dict[str, Any] = {"triton": triton.__version__, "cases": {}}
+    for row in rows:
+        fields = dataclasses.asdict(row)
+        table["cases"].setdefault(row.architecture, {})[row.case] = {name: fields[name] for name in _KEPT_FIELDS}
+    return table
+
+
+KEPT = Path(__file__).resolve().parent.parent / "benchmarks" / "results" / "kernels.json"
+
+
+def read_kept(path: Path) -> dict[str, Any] | None:
+    """The kept table, or None, said on standard error, where another Triton wrote it: its registers are others.
+
+    Raises:
+        FileNotFoundError: there is none at `path`.
+    """
+    table: dict[str, Any] = json.loads(path.read_text())
+    if table["triton"] != triton.__version__:
+        print(
+            f"{path}: kept by triton {table['triton']}, this is {triton.__version__}: not compared with it",
+            file=sys.stderr,
+        )
+        return None
+    return table
+
+
 def main(arguments: Sequence[str]) -> int:
-    """Print the table of all kernels for the wanted architectures; 1 if one spills, uses local memory or atomics."""
+    """Print the table of all kernels for the wanted architectures; 1 if one of them is at fault."""
     parser = argparse.ArgumentParser(
         prog="repo-ops kernels", description="Compile every Triton kernel for GPUs that need not be here."
     )
@@ -353,23 +478,33 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--match", default="", help="regular expression on the names of cases")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes")
     parser.add_argument("--out", help="also write the table to this Markdown file")
+    parser.add_argument("--check", action="store_true", help="fail where a kernel got worse than in the kept table")
+    parser.add_argument("--keep", action="store_true", help="write the kept table anew")
+    parser.add_argument("--kept", type=Path, default=KEPT, help="JSON file of the kept table")
+    parser.add_argument("--tune", action="store_true", help="instead time launch configurations on the GPU here")
     options = parser.parse_args(arguments)
+    if options.tune:
+        from repo_ops.kernels import tune
+
+        return tune.main()
+    if options.check and not options.kept.is_file():
+        parser.error(f"--kept: expected a file, found none at {options.kept}; make it with --keep")
     rows = inspect_kernels(options.arch, match=options.match, jobs=options.jobs)
     table = format_table(rows)
-    bad = [f"{row.case} on {row.architecture}" for row in rows if row.spills or row.local_bytes or row.atomics]
-    verdict = (
-        f"{len(rows)} binaries: {'no spills, no local memory, no atomics' if not bad else 'FAILED ' + ', '.join(bad)}"
-    )
+    found = faults(rows, read_kept(options.kept) if options.check else None)
+    passed = "no spills, no local memory, no atomics, all loads and products as wide as they can be"
+    verdict = f"{len(rows)} binaries: {passed if not found else 'FAILED ' + '; '.join(found)}"
     print(f"{table}\n\n{verdict}")
     if options.out:
-        with open(options.out, "w") as file:
-            file.write(f"{table}\n\n{verdict}\n")
-    return 1 if bad else 0
+        Path(options.out).write_text(f"{table}\n\n{verdict}\n")
+    if options.keep and not found:
+        options.kept.write_text(json.dumps(as_kept(rows), indent=1, sort_keys=True) + "\n")
+    return 1 if found else 0
 
 
 _HEAD = [
-    *("case", "arch", "block x warps", "regs", "spills", "shared", "local", "programs/SM", "loads", "stores"),
-    *("atomics", "B/element"),
+    *("case", "arch", "tile, warps", "regs", "spills", "shared", "local", "programs/SM", "loads", "stores"),
+    *("atomics", "matrix", "B/element"),
 ]
 
 
@@ -378,9 +513,10 @@ def format_table(rows: Sequence[Compiled]) -> str:
     lines = ["| " + " | ".join(_HEAD) + " |", "|" + "---|" * len(_HEAD)]
     for row in rows:
         cells = [
-            *(row.case, row.architecture, f"{row.block} x {row.num_warps}", row.registers, row.spills),
+            *(row.case, row.architecture, f"{row.tile}, {row.num_warps}", row.registers, row.spills),
             *(row.shared_bytes, row.local_bytes, row.programs_per_unit, _counts(row.loads), _counts(row.stores)),
-            *(row.atomics, f"{row.bytes_per_element:g}/{row.element}"),
+            *(row.atomics, " ".join(f"{n}x{name}" for name, n in row.tensor_core.items()) or "-"),
+            f"{row.bytes_per_element:.4g}/{row.element}",
         ]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -10,7 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from repo_ops.kernels.launch import Launch, architecture_of, check_runnable, check_vector, launch_config
+from repo_ops.kernels import tune
+from repo_ops.kernels.launch import Config, Launch, architecture_of, check_runnable, check_vector, launch_config
 
 _FLOAT32 = (torch.float32,)
 _KL_CODES = {"k1": 1, "k2": 2, "k3": 3}
@@ -302,7 +304,8 @@ def clipped_ratio(
         eq. 5; delta arXiv:2505.07291; KL estimators joschu.net/blog/kl-approx.html.
     """
     check_runnable("logps", logps)
-    launch, result = ratio_launch(
+    make = partial(
+        ratio_launch,
         logps,
         advantages,
         old_logps=old_logps,
@@ -319,6 +322,8 @@ def clipped_ratio(
         correction=correction,
         architecture=architecture_of(logps.device),
     )
+    kernel = "ratio_tokens" if level == "token" else "ratio_sequences"
+    launch, result = make(config=tune.tuned_config(kernel, logps, lambda config: make(config=config)))
     launch.run(logps.device)
     return result
 
@@ -339,6 +344,7 @@ def ratio_launch(
     weights: Tensor | None = None,
     kl_weights: Tensor | None = None,
     correction: Tensor | None = None,
+    config: Config | None = None,
     architecture: str,
 ) -> tuple[Launch, ClippedRatio]:
     """The launch behind `clipped_ratio` and the tensors that it fills."""
@@ -371,11 +377,11 @@ def ratio_launch(
     arguments |= {name: _bytes_of(value) for name, value in result._asdict().items()}
     arguments |= {"delta": delta, "beta": float(beta), "N": N, "KL": _KL_CODES[kl] if ref_logps is not None else 0}
     if level == "token":
-        config = launch_config("ratio_tokens", architecture, logps.dtype)
+        config = config or launch_config("ratio_tokens", architecture, logps.dtype)
         programs = triton.cdiv(N, config.block)
         return Launch(ratio_tokens_kernel, programs, {**arguments, "BLOCK": config.block}, config), result
     arguments["cu_seqlens"] = _check_cu_seqlens(cu_seqlens, level, logps.device)
-    config = launch_config("ratio_sequences", architecture, logps.dtype)
+    config = config or launch_config("ratio_sequences", architecture, logps.dtype)
     arguments |= {"PREFIX": level == "prefix", "BLOCK": config.block}
     programs = arguments["cu_seqlens"].numel() - 1 if N > 0 else 0
     return Launch(ratio_sequences_kernel, programs, arguments, config), result

@@ -28,6 +28,18 @@ class Config:
     shape: str
     date: str
     """ISO date of the measurement, or "predicted"."""
+    columns: int = 0
+    """Vocabulary entries of a tile, in kernels that multiply; 0 elsewhere, as below."""
+    depth: int = 0
+    """Hidden elements of a step along the sum."""
+    share: int = 0
+    """Vocabulary entries of a program, in the order of whose sums the bits lie; a multiple of `columns`."""
+    group: int = 0
+    """Row blocks that go through the vocabulary side by side, so that the cache reads it once for all of them."""
+
+    def tile_bytes(self, itemsize: int) -> int:
+        """Shared memory of the operands' tiles in flight: one less than num_stages, at least one; an estimate."""
+        return (self.block + self.columns) * self.depth * itemsize * max(1, self.num_stages - 1)
 
 
 # A row program streams its logits once. 8 elements a thread are two 16-byte loads in flight (one for half types), and
@@ -38,9 +50,21 @@ _ROW = (2048, 8, 1)
 # CDNA wavefronts have 64 lanes: 4 of them are the same 256 threads.
 _ROW_AMD = (2048, 4, 1)
 _ROW_SHAPE = "[2048, 151936]"
+_PRODUCT_SHAPE = "[8192, 4096] by 128256"
 _TOKENS_SHAPE = "[131072] in 128 sequences"
 _GROUPS_SHAPE = "[4096] in 256 groups"
 
+
+def _tile(block: int, columns: int, depth: int, num_warps: int, num_stages: int, device: str) -> Config:
+    # Rows share a weight tile in L2 and the weight its hidden states: 16 blocks of 128 rows of D = 4096 in bfloat16 are
+    # 16 MiB of 40 to 126 MiB. 4096 entries a program make 32 programs a row block of a V of 128k, enough for a whole
+    # device at 512 rows, and their number does not depend on the device, so that neither do the bits.
+    return Config(block, num_warps, num_stages, device, _PRODUCT_SHAPE, "predicted", columns, depth, 4096, 16)
+
+
+# The product's tiles: 128 by 256 on Hopper and Blackwell, where 256 threads (sm_90) or tensor memory (sm_100) hold the
+# 128 KiB of accumulators: at half the columns, L2 would have to deliver a third more bytes. 128 by 128 elsewhere, for
+# the registers (sm_80, gfx942) or 99 KiB of shared memory (sm_120; sm_86 and sm_89, which take the row of sm_80).
 TABLE: dict[tuple[str, str, str], Config] = {
     ("row_stats", "sm_80", "*"): Config(*_ROW, "A100", _ROW_SHAPE, "predicted"),
     ("row_stats", "sm_90", "*"): Config(*_ROW, "H100", _ROW_SHAPE, "predicted"),
@@ -54,6 +78,18 @@ TABLE: dict[tuple[str, str, str], Config] = {
     ("row_grads", "sm_120", "*"): Config(*_ROW, "RTX 5090", _ROW_SHAPE, "predicted"),
     ("row_grads", "gfx942", "*"): Config(*_ROW_AMD, "MI300X", _ROW_SHAPE, "predicted"),
     ("row_grads", "interpreter", "*"): Config(16384, 1, 1, "CPU", "[65, 49152]", "predicted"),
+    ("tiled_logps", "sm_80", "*"): _tile(128, 128, 64, 8, 3, "A100"),
+    ("tiled_logps", "sm_90", "*"): _tile(128, 256, 64, 8, 3, "H100"),
+    ("tiled_logps", "sm_100", "*"): _tile(128, 256, 64, 8, 3, "B200"),
+    ("tiled_logps", "sm_120", "*"): _tile(128, 128, 64, 8, 3, "RTX 5090"),
+    ("tiled_logps", "gfx942", "*"): _tile(128, 128, 64, 4, 2, "MI300X"),
+    # NVIDIA's tensor cores do not multiply float32; each thread holds its operands of a whole step in registers
+    ("tiled_logps", "sm_80", "float32"): _tile(64, 64, 16, 4, 2, "A100"),
+    ("tiled_logps", "sm_90", "float32"): _tile(64, 64, 16, 4, 2, "H100"),
+    ("tiled_logps", "sm_100", "float32"): _tile(64, 64, 16, 4, 2, "B200"),
+    ("tiled_logps", "sm_120", "float32"): _tile(64, 64, 16, 4, 2, "RTX 5090"),
+    ("tiled_logps", "gfx942", "float32"): _tile(64, 64, 32, 4, 2, "MI300X"),
+    ("tiled_logps", "interpreter", "*"): Config(32, 1, 1, "CPU", "[33, 64] by 5003", "predicted", 128, 32, 512, 2),
     ("ratio_tokens", "*", "*"): Config(512, 4, 1, "any", _TOKENS_SHAPE, "predicted"),
     ("ratio_sequences", "*", "*"): Config(512, 4, 1, "any", _TOKENS_SHAPE, "predicted"),
     # A mask takes two scalar registers an element on CDNA: more than one element a thread spills them.
@@ -94,6 +130,17 @@ def _fallbacks(architecture: str) -> list[str]:
 
 def _family(architecture: str) -> str:
     return "gfx942" if architecture.startswith("gfx") else "sm_80"
+
+
+# What one program may ask for: CUDA C Programming Guide, table of compute capabilities; CDNA 3 ISA, LDS.
+_SHARED_MEMORY = {"sm_75": 65536, "sm_80": 166912, "sm_86": 101376, "sm_87": 166912, "sm_89": 101376}
+_SHARED_MEMORY |= {"sm_90": 232448, "sm_100": 232448, "sm_103": 232448, "sm_110": 232448, "sm_120": 101376}
+_SHARED_MEMORY |= {"sm_121": 101376, "gfx90a": 65536, "gfx942": 65536, "gfx950": 163840}
+
+
+def shared_memory_limit(architecture: str) -> int:
+    """Bytes of shared memory that one program may use; of an architecture that is not known, the least of all."""
+    return _SHARED_MEMORY.get(architecture, min(_SHARED_MEMORY.values()))
 
 
 def interpreting() -> bool:

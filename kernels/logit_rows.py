@@ -6,6 +6,7 @@ The tile [C, V] is a chunk of logits that a GEMM wrote. `row_stats` reads it onc
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -13,7 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from repo_ops.kernels import tune
 from repo_ops.kernels.launch import (
+    Config,
     Launch,
     architecture_of,
     check_positive,
@@ -23,11 +26,11 @@ from repo_ops.kernels.launch import (
 )
 
 _HALF = (torch.bfloat16, torch.float16)
-_FLOATS = (torch.float32, *_HALF)
+FLOATS = (torch.float32, *_HALF)
 
 
 class RowStats(NamedTuple):
-    """What a row of logits is reduced to; every field is [C] float32, in nats."""
+    """What a row of logits is reduced to; [C] float32, in nats."""
 
     logps: Tensor
     """log softmax(z)[target], <= 0."""
@@ -39,6 +42,8 @@ class RowStats(NamedTuple):
     """-sum(p log p), >= 0."""
     sum_p2: Tensor | None = None
     """sum(p^2), in (0, 1]."""
+    is_argmax: Tensor | None = None
+    """[C] bool, whether no logit is above the target's."""
 
 
 @triton.jit
@@ -122,7 +127,18 @@ def _misalignment(row_start):
 # V, strides and floats are run-time values and no pointer is specialised on its alignment: another vocabulary, another
 # temperature or another slice of targets runs the same binary. Only ALIGNED, dtypes and which options are None do not.
 _STATS_RUNTIME = ["V", "row_stride", "inv_temperature_value", "logit_scale", "softcap"]
-_STATS_POINTERS = ["tile", "targets", "bias", "inv_temperature", "logps", "row_max", "log_sum", "entropy", "sum_p2"]
+_STATS_POINTERS = [
+    "tile",
+    "targets",
+    "bias",
+    "inv_temperature",
+    "logps",
+    "row_max",
+    "log_sum",
+    "entropy",
+    "sum_p2",
+    "is_argmax",
+]
 
 
 @triton.jit(do_not_specialize=_STATS_RUNTIME, do_not_specialize_on_alignment=_STATS_POINTERS)
@@ -139,6 +155,7 @@ def row_stats_kernel(
     log_sum,  # [C] float32
     entropy,  # [C] float32 or None
     sum_p2,  # [C] float32 or None
+    is_argmax,  # [C] uint8 or None
     V,
     row_stride,
     ALIGNED: tl.constexpr,  # every row starts at a 16-byte boundary
@@ -220,6 +237,8 @@ def row_stats_kernel(
         tl.store(entropy + row, tl.where(h < 0, 0.0, h))
     if sum_p2 is not None:
         tl.store(sum_p2 + row, tl.sum(q * scale * scale, axis=0) / (total * total))
+    if is_argmax is not None:
+        tl.store(is_argmax + row, (below == 0).to(tl.uint8))
 
 
 @triton.jit
@@ -378,6 +397,7 @@ def row_stats(
     softcap: float | None = None,
     with_entropy: bool = False,
     with_sum_p2: bool = False,
+    with_argmax: bool = False,
 ) -> RowStats:
     """Log-probability of each row's target, with the row's max and log-sum, in one read of the tile.
 
@@ -395,22 +415,26 @@ def row_stats(
         logit_scale: factor before the softcap.
         softcap: bound of the capped logits.
     Returns:
-        RowStats of [C] float32 tensors; `entropy` and `sum_p2` only where asked for. A row of nothing but -inf is NaN.
+        RowStats of [C] tensors; `entropy`, `sum_p2` and `is_argmax` only where asked for. A row of nothing but -inf is
+        NaN.
     Raises:
         TypeError, ValueError: a wrong dtype, shape, device or number, named.
     """
     check_runnable("tile", tile)
-    launch, stats = stats_launch(
-        tile,
-        targets,
+    make = partial(
+        stats_launch,
+        targets=targets,
         bias=bias,
         inv_temperature=inv_temperature,
         logit_scale=logit_scale,
         softcap=softcap,
         with_entropy=with_entropy,
         with_sum_p2=with_sum_p2,
+        with_argmax=with_argmax,
         architecture=architecture_of(tile.device),
     )
+    config = tune.tuned_config("row_stats", tile, lambda config: make(tile, config=config))
+    launch, stats = make(tile, config=config)
     launch.run(tile.device)
     return stats
 
@@ -448,12 +472,12 @@ def row_grads_(
         TypeError, ValueError: a wrong dtype, shape, device or number, named.
     """
     check_runnable("tile", tile)
-    launch, grads = grads_launch(
-        tile,
-        targets,
-        stats,
-        dlogps,
-        dentropy,
+    make = partial(
+        grads_launch,
+        targets=targets,
+        stats=stats,
+        dlogps=dlogps,
+        dentropy=dentropy,
         bias=bias,
         inv_temperature=inv_temperature,
         logit_scale=logit_scale,
@@ -461,6 +485,9 @@ def row_grads_(
         out_dtype=out_dtype,
         architecture=architecture_of(tile.device),
     )
+    # candidates are timed on other memory, since each run destroys its tile
+    config = tune.tuned_config("row_grads", tile, lambda config: make(_copy_of(tile), config=config))
+    launch, grads = make(tile, config=config)
     launch.run(tile.device)
     return grads
 
@@ -475,6 +502,8 @@ def stats_launch(
     softcap: float | None = None,
     with_entropy: bool = False,
     with_sum_p2: bool = False,
+    with_argmax: bool = False,
+    config: Config | None = None,
     architecture: str,
 ) -> tuple[Launch, RowStats]:
     """The launch behind `row_stats` and the tensors that it fills."""
@@ -482,9 +511,10 @@ def stats_launch(
     common = _common_arguments(tile, targets, bias, inv_temperature, logit_scale, softcap)
     fields = [tile.new_empty(rows, dtype=torch.float32) for _ in range(3)]
     wanted = [tile.new_empty(rows, dtype=torch.float32) if want else None for want in (with_entropy, with_sum_p2)]
-    stats = RowStats(*fields, *wanted)
-    config = launch_config("row_stats", architecture, tile.dtype)
-    arguments = {**common, **stats._asdict(), "BLOCK": config.block}
+    stats = RowStats(*fields, *wanted, tile.new_empty(rows, dtype=torch.bool) if with_argmax else None)
+    config = config or launch_config("row_stats", architecture, tile.dtype)
+    flags = None if stats.is_argmax is None else stats.is_argmax.view(torch.uint8)
+    arguments = {**common, **stats._asdict(), "is_argmax": flags, "BLOCK": config.block}
     return Launch(row_stats_kernel, rows, arguments, config), stats
 
 
@@ -500,6 +530,7 @@ def grads_launch(
     logit_scale: float = 1.0,
     softcap: float | None = None,
     out_dtype: torch.dtype | None = None,
+    config: Config | None = None,
     architecture: str,
 ) -> tuple[Launch, Tensor]:
     """The launch behind `row_grads_` and the view that it fills."""
@@ -523,9 +554,13 @@ def grads_launch(
         "dentropy": dentropy,
     }
     checked = {name: check_vector(name, value, rows, (torch.float32,), tile.device) for name, value in vectors.items()}
-    config = launch_config("row_grads", architecture, tile.dtype)
+    config = config or launch_config("row_grads", architecture, tile.dtype)
     arguments = {**common, **checked, "out": out, "out_stride": out.stride(0), "BLOCK": config.block}
     return Launch(row_grads_kernel, rows, arguments, config), out
+
+
+def _copy_of(tile: Tensor) -> Tensor:
+    return torch.empty_strided(tile.shape, tile.stride(), dtype=tile.dtype, device=tile.device).copy_(tile)
 
 
 def _output_view(tile: Tensor, out_dtype: torch.dtype) -> Tensor:
@@ -550,7 +585,7 @@ def _common_arguments(
     """Checked arguments that both kernels take, by the kernels' parameter names."""
     if tile.dim() != 2 or tile.shape[1] < 1:
         raise ValueError(f"tile: expected shape [C, V] with V >= 1, got {list(tile.shape)}")
-    if tile.dtype not in _FLOATS:
+    if tile.dtype not in FLOATS:
         raise TypeError(
             f"tile: expected float32, bfloat16 or float16, got {tile.dtype}; float64 takes the PyTorch backend"
         )
@@ -562,7 +597,7 @@ def _common_arguments(
         temperatures = check_vector("inv_temperature", inv_temperature, rows, (torch.float32,), tile.device)
     else:
         temperature = check_positive("inv_temperature", inv_temperature) or 1.0
-    bias = check_vector("bias", bias, vocabulary, _FLOATS, tile.device)
+    bias = check_vector("bias", bias, vocabulary, FLOATS, tile.device)
     # where every row starts at a 16-byte boundary, the first block needs no mask and narrowed stores are 16 bytes wide
     starts = [tile.data_ptr(), tile.stride(0) * tile.element_size(), 0 if bias is None else bias.data_ptr()]
     return {

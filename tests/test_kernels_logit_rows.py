@@ -52,6 +52,7 @@ def reference(tile, targets, dlogps, dentropy, *, bias=None, inv_temperature=1.0
         "log_sum": z.detach().logsumexp(1) - row_max,
         "entropy": entropy.detach(),
         "sum_p2": (p * p).sum(1).detach(),
+        "is_argmax": z.detach().gather(1, targets[:, None])[:, 0] == row_max,
     }
     return stats, x.grad
 
@@ -64,11 +65,14 @@ def check(device, tile, targets, out_dtype=None, atol=1e-6, **options):
     moved = {name: v.to(device) if isinstance(v, torch.Tensor) else v for name, v in options.items()}
     own = torch.empty_strided(tile.shape, tile.stride(), dtype=tile.dtype, device=device).copy_(tile)
     ids = targets.to(device)
-    stats = row_stats(own, ids, with_entropy=True, with_sum_p2=True, **moved)
+    stats = row_stats(own, ids, with_entropy=True, with_sum_p2=True, with_argmax=True, **moved)
     # beyond |z| = 8, a float32 logit itself is coarser than 1e-6
     coarse = max(1.0, expected["row_max"].abs().max().item() / 8) if C else 1.0
     for name, value in expected.items():
         got = getattr(stats, name).cpu()
+        if name == "is_argmax":
+            assert torch.equal(got, value)
+            continue
         assert got.dtype == torch.float32
         # 3e-7 of the value: two roundings of the float32 that holds it
         torch.testing.assert_close(
@@ -182,8 +186,8 @@ def test_all_but_one_minus_infinity(device, alive):
     tile = torch.full((1, 49152), -INF, device=device)
     tile[0, alive] = -3.5
     targets = torch.tensor([alive], device=device)
-    stats = row_stats(tile, targets, with_entropy=True, with_sum_p2=True)
-    assert [field.item() for field in stats] == [0.0, -3.5, 0.0, 0.0, 1.0]
+    stats = row_stats(tile, targets, with_entropy=True, with_sum_p2=True, with_argmax=True)
+    assert [field.item() for field in stats] == [0.0, -3.5, 0.0, 0.0, 1.0, True]
     ones = torch.ones(1, device=device)
     assert (row_grads_(tile, targets, stats, ones, ones) == 0).all()
 
@@ -240,10 +244,24 @@ def test_what_is_not_asked_for_is_not_there(device):
     alone = row_stats(tile, targets)
     assert alone.entropy is None
     assert alone.sum_p2 is None
-    for name, other in (("with_entropy", "sum_p2"), ("with_sum_p2", "entropy")):
-        more = row_stats(tile, targets, **{name: True})
+    assert alone.is_argmax is None
+    for option, name in {"with_entropy": "entropy", "with_sum_p2": "sum_p2", "with_argmax": "is_argmax"}.items():
+        more = row_stats(tile, targets, **{option: True})
         assert torch.equal(more.logps, alone.logps)
-        assert getattr(more, other) is None
+        assert [field for field, value in more._asdict().items() if value is not None][3:] == [name]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_argmax_of_likely_and_of_tied_targets(device, dtype):
+    tile = torch.randn(64, 700).to(dtype)
+    top = tile.argmax(1)
+    tile[32:48, 650] = tile[32:48].amax(1)  # a tie: both are the largest
+    targets = torch.where(torch.arange(64) % 2 == 0, top, (top + 1) % 700)
+    targets[32:48] = 650
+    expected = tile.gather(1, targets[:, None])[:, 0] == tile.amax(1)
+    assert 40 <= expected.sum() < 64
+    found = row_stats(tile.to(device), targets.to(device), with_argmax=True, softcap=30.0, inv_temperature=0.7)
+    assert torch.equal(found.is_argmax.cpu(), expected)
 
 
 def test_gradient_without_entropy(device):
