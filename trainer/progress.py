@@ -7,9 +7,6 @@ from contextlib import contextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-import torch
-import torch.distributed as dist
-
 from repo_ops.trainer.checkpoint import Checkpoints
 from repo_ops.trainer.resume import CHECKPOINTS, moment, snapshot
 from repo_ops.trainer.rollout import GenerationStopped
@@ -47,7 +44,7 @@ class Progress:
         self._checkpoints = Checkpoints(
             folder, keep=config.keep_last, background=config.save_async, say=say, latest=self.done if own else None
         )
-        self._stop = StopSignals(listen=config.save_steps is not None, at_once=not dist.is_initialized())
+        self._stop = StopSignals(listen=config.save_steps is not None, at_once=run.learner.ranks.size == 1)
         self._at: dict[str, Any] | None = None
 
     def __enter__(self) -> Progress:
@@ -91,10 +88,7 @@ class Progress:
 
     def _check(self) -> None:
         """Raises Interrupted on every rank if a signal has come on any: they stop together, after the same step."""
-        asked = torch.tensor(self._stop.received is not None, dtype=torch.int32)
-        if dist.is_initialized():
-            dist.all_reduce(asked, dist.ReduceOp.MAX)
-        if asked:
+        if any(self.run.learner.ranks.gather(self._stop.received is not None)):
             raise Interrupted
 
     def _save(self) -> None:

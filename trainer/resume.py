@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 
-from repo_ops.replay import home_rank
 from repo_ops.trainer.checkpoint import METRICS, Checkpoint, Snapshot, newest_whole, read, steps_of
 from repo_ops.trainer.config import TrainConfig, changed_settings, settings_as_json
+from repo_ops.trainer.distributed import Ranks
 
 if TYPE_CHECKING:
     from repo_ops.trainer.run import Run
@@ -31,7 +30,7 @@ def moment(run: Run) -> dict[str, Any]:
 
     Small enough to be taken before each step, so that a step that is dropped half-way leaves no trace.
     """
-    return {"random": random_states(run.model.device), "prompts": run.prompts.state_dict()}
+    return {"random": random_states(run.learner.ranks.device), "prompts": run.prompts.state_dict()}
 
 
 def snapshot(
@@ -59,8 +58,8 @@ def snapshot(
     return Snapshot(step, sharded, own, header, metrics.read_bytes() if metrics.exists() else b"")
 
 
-def checkpoint_of(config: TrainConfig, say: Callable[[str], None]) -> Checkpoint | None:
-    """The checkpoint that the run is to go on from; None for a new run.
+def checkpoint_of(config: TrainConfig, ranks: Ranks, say: Callable[[str], None]) -> Checkpoint | None:
+    """The checkpoint that the run is to go on from; None for a new run. The first rank looks, for all.
 
     Args:
         say: gets a sentence for each damaged checkpoint that was passed over.
@@ -68,20 +67,7 @@ def checkpoint_of(config: TrainConfig, say: Callable[[str], None]) -> Checkpoint
         ValueError: none where one is asked for by its path, a setting that would alter the run differs from the saved
             one, or a new run would write into the folder of an earlier one.
     """
-    folder = Path(config.output_dir) / CHECKPOINTS
-    found, problem = None, None
-    if _rank() == 0:
-        try:
-            found = _chosen(config, folder, say)
-        except ValueError as error:
-            problem = error
-    if dist.is_initialized():
-        both = [found, problem]
-        dist.broadcast_object_list(both)
-        found, problem = both  # type: ignore[assignment]
-    if problem is not None:
-        raise problem
-    return found
+    return ranks.from_first(lambda: _chosen(config, Path(config.output_dir) / CHECKPOINTS, say))
 
 
 def _chosen(config: TrainConfig, folder: Path, say: Callable[[str], None]) -> Checkpoint | None:
@@ -128,28 +114,27 @@ def restore(run: Run, checkpoint: Checkpoint) -> list[str]:
     """Puts the run back to where the checkpoint was taken; returns sentences about what could not be put back.
 
     Every rank reads its shards, and more or fewer ranks than saved are fine. The buffers are dealt out again then,
-    each prompt to its `home_rank`, and the results are those of the saved run but for rounding.
+    each prompt to its home rank, and the results are those of the saved run but for rounding.
 
     Raises:
         ValueError: the checkpoint is of another model.
     """
     _load_weights(run, checkpoint)
-    states, rank, ranks = checkpoint.own_states(), _rank(), dist.get_world_size() if dist.is_initialized() else 1
-    mine = states[min(rank, len(states) - 1)]
+    states, ranks = checkpoint.own_states(), run.learner.ranks
+    mine = states[min(ranks.rank, len(states) - 1)]
     run.prompts.load_state_dict(mine["prompts"])
-    if rank < len(states):
-        set_random_states(mine["random"], run.model.device)
+    if ranks.rank < len(states):
+        set_random_states(mine["random"], ranks.device)
     if run.buffer is not None:
-        if len(states) == ranks:
+        if len(states) == ranks.size:
             run.buffer.load_state_dict(mine["buffer"])
         else:
-            saved = [state["buffer"] for state in states]
-            run.buffer.load_state_dicts(saved, keep=lambda prompt: home_rank(prompt, ranks) == rank)
+            run.buffer.load_state_dicts([state["buffer"] for state in states], keep=ranks.keeps)
     said = [f"goes on from step {checkpoint.step} ({checkpoint.folder})"]
-    if len(states) != ranks:
-        said.append(f"the checkpoint is of {len(states)} ranks, here are {ranks}: results differ by rounding")
+    if len(states) != ranks.size:
+        said.append(f"the checkpoint is of {len(states)} ranks, here are {ranks.size}: results differ by rounding")
     metrics = run.folder / METRICS
-    if rank == 0:
+    if ranks.is_first:
         metrics.write_bytes((checkpoint.folder / METRICS).read_bytes())
     return said
 
@@ -220,7 +205,3 @@ def set_random_states(states: Mapping[str, Any], device: torch.device) -> None:
         import numpy
 
         numpy.random.set_state(tuple(states["numpy"]))
-
-
-def _rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
