@@ -95,7 +95,9 @@ THIRD_PARTY = {
     "kernels": {"torch", "triton"},
     "repo_ops": {
         "accelerate",
+        "nemo_rl",
         "peft",
+        "prime_rl",
         "torch",
         "transformers",
         "trl",

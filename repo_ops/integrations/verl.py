@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from repo_ops.integrations.given_weight import NAME, vespo_weight, with_given_weight
+from repo_ops.integrations.means import means
 from repo_ops.linear_logps import linear_logps
 from repo_ops.metrics import Metrics
 from repo_ops.objectives import Objective, get_objective, objective_names, vespo
@@ -282,15 +283,11 @@ def _as_verl_averages(
 
 def _floats(metrics: Metrics, log_prob: Tensor, old_log_prob: Tensor, mask: Tensor) -> dict[str, float]:
     """What verl averages over micro-batches and ranks: means over tokens, the same keys every time."""
-    means = {
-        f"actor/repo_ops/{name}": found.total / found.count.clamp_min(1)
-        for name, found in metrics.items()
-        if not name.endswith(("_max", "_min"))  # a mean of extremes is neither
-    }
+    values = {f"actor/repo_ops/{name}": value for name, value in means(metrics).items()}
     drift = torch.where(mask, old_log_prob - log_prob, 0.0).detach().sum() / mask.sum().clamp_min(1)
-    clipped = [value for name, value in means.items() if name.endswith(("/clip_low", "/clip_high"))]
-    means = {"actor/ppo_kl": drift, "actor/pg_clipfrac": sum(clipped, torch.zeros_like(drift)), **means}
-    return dict(zip(means, torch.stack([value.to(drift) for value in means.values()]).tolist(), strict=True))
+    clipped = [value for name, value in values.items() if name.endswith(("/clip_low", "/clip_high"))]
+    values = {"actor/ppo_kl": drift, "actor/pg_clipfrac": sum(clipped, torch.zeros_like(drift)), **values}
+    return dict(zip(values, torch.stack([value.to(drift) for value in values.values()]).tolist(), strict=True))
 
 
 def _check_loss(core_algos: Any) -> float:

@@ -1,0 +1,60 @@
+"""Any objective as a SkyRL policy loss.
+
+    from repo_ops.integrations.skyrl import skyrl_loss
+    PolicyLossRegistry.register("repo_ops/gspo", skyrl_loss(get_objective("gspo")))  # skyrl's registry, before it syncs
+
+Who divides: SkyRL, before the loss is called. Its `loss_reduction` is already a factor of the advantages, so the
+function returns a sum over tokens. `eps_clip_low` and its kin are not read: the objective has its own settings.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from repo_ops.integrations.means import means
+from repo_ops.objectives import Objective
+from repo_ops.policy_loss import policy_loss
+
+
+def skyrl_loss(objective: Objective) -> Callable[..., tuple[Tensor, dict[str, float]]]:
+    """f(log_probs, old_log_probs, advantages, config, loss_mask, rollout_logprobs) -> (masked sum, metrics).
+
+    Raises:
+        ValueError: the objective reads more than log-probabilities of the sampler, or adds a KL or entropy term, whose
+            size SkyRL's factor in the advantages would not reach.
+    """
+    if objective.beta or objective.entropy_coef:
+        raise ValueError("objective: expected beta = entropy_coef = 0, as SkyRL adds both terms itself")
+    if unknown := sorted(objective.reads - {"old_logps", "sampler_logps"}):
+        raise ValueError(f"objective: reads {', '.join(unknown)}, which SkyRL does not hand to a policy loss")
+    summed = dataclasses.replace(objective, reduction="token-sum")
+
+    def loss(
+        log_probs: Tensor,
+        old_log_probs: Tensor,
+        advantages: Tensor,
+        config: Any = None,
+        loss_mask: Tensor | None = None,
+        rollout_logprobs: Tensor | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, dict[str, float]]:
+        found = policy_loss(
+            log_probs,
+            advantages,
+            objective=summed,
+            mask=loss_mask,
+            old_logps=old_log_probs,
+            sampler_logps=rollout_logprobs if "sampler_logps" in summed.reads else None,
+        )
+        values = means(found.metrics)
+        clipped = [value for name, value in values.items() if name in ("clip_low", "clip_high", "capped_high")]
+        values["clip_ratio"] = sum(clipped, found.loss.new_zeros(()))
+        numbers = torch.stack([value.to(torch.float32) for value in values.values()]).tolist()
+        return found.loss, dict(zip(values, numbers, strict=True))
+
+    return loss
