@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from repo_ops.trainer.log import RunLog, read_metrics, summarize_run, summary_table
+from repo_ops.trainer.log import RunLog, read_metrics
 from repo_ops.trainer.report import draw_report
+from repo_ops.trainer.summary import summarize_run, summary_table
 
 
 def line(step: int, reward: float, **more: float) -> dict[str, float]:

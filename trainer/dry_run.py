@@ -14,7 +14,7 @@ from repo_ops.trainer.config import TrainConfig, settings_as_json
 from repo_ops.trainer.footprint import Parameters, Workload, flops_of_step, memory_at_rest, parts_at_peak, sketched
 from repo_ops.trainer.models import load_shape
 from repo_ops.trainer.rollout import encode_prompts
-from repo_ops.trainer.tasks import load_task
+from repo_ops.trainer.sources import make_task, open_source
 from repo_ops.trainer.throughput import peak_flops
 
 if TYPE_CHECKING:
@@ -33,15 +33,10 @@ def plan_of_run(config: TrainConfig) -> str:
     """
     beta = {} if config.beta is None else {"beta": config.beta}
     objective = repo_ops.get_objective(config.objective, **{"max_length": 1, **beta, **config.objective_args})
-    task = load_task(
-        config.task,
-        train_size=config.train_size,
-        heldout_size=config.heldout_size,
-        seed=config.seed,
-        **config.task_args,
-    )
+    source = open_source(config)
     device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     shape, tokenizer = load_shape(config.model, seed=config.seed)
+    task = make_task(config, source, tokenizer)
     lengths = [len(ids) for ids in encode_prompts(tokenizer, [example.prompt for example in task.train])]
     work = Workload.of(config, lengths, config.max_new_tokens or task.max_new_tokens)
     with sketched(config, shape, device) as model:

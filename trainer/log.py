@@ -21,7 +21,6 @@ from repo_ops.trainer.samples import (
     write_completions,
     write_samples,
 )
-from repo_ops.trainer.summary import show_run, summarize_run, summary_table  # noqa: F401
 from repo_ops.trainer.trackers import Tracker, tracked_names
 
 __all__ = ["RunLog", "read_metrics"]

@@ -31,14 +31,16 @@ def rows_of_step(step: int, groups: Sequence[Group], sequences: Sequence[ScoredS
     """One row for every completion of a step's groups, fresh ones first in each.
 
     version: how many optimizer steps the policy had made that sampled it; logp: the sum over its tokens of their
-    log-probabilities then, in nats; finished: it ended by itself, within the allowed tokens.
+    log-probabilities then, in nats; finished: it ended by itself, within the allowed tokens; rewards/NAME: of each
+    function where there are several, unweighted.
     """
     advantages: dict[tuple[int, bool], list[float]] = {}
     for sequence in sequences:
         advantages.setdefault((sequence.group, sequence.off_policy), []).append(sequence.advantage)
     rows = []
     for index, group in enumerate(groups):
-        for completion, reward, replayed in group.rows():
+        parts = [*group.parts, *(sample.rewards for sample in group.replayed)]
+        for (completion, reward, replayed), given in zip(group.rows(), parts, strict=True):
             left = advantages.get((index, replayed))  # none: a dead part that was left out of the step
             rows.append(
                 {
@@ -53,6 +55,7 @@ def rows_of_step(step: int, groups: Sequence[Group], sequences: Sequence[ScoredS
                     "tokens": len(completion.token_ids),
                     "finished": completion.finished,
                     "logp": sum(completion.logps),
+                    **({f"rewards/{name}": value for name, value in given.items()} if len(given) > 1 else {}),
                 }
             )
     return rows
