@@ -168,7 +168,7 @@ def linear_policy_loss(
     needs = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in differentiable]
     arguments = [given[name] for name in GIVEN]
     present = tuple(value is not None for value in arguments)
-    per_sequence = tuple(value.ndim == 1 for value in (given["advantages"], *extras.values()))
+    per_sequence = tuple(value.ndim == 1 for value in (given["advantages"], *extras.values()) if value is not None)
     with_entropy, *names = _seen(call, targets.ndim, present, per_sequence, tuple(v.ndim for v in extras.values()))
     loss, logps, entropy, sums = _Loss.apply(
         hidden, weight, *others, targets, arguments, list(extras.values()),
@@ -310,6 +310,7 @@ def _stats_backward_now(
     mask, support_ids = others[4:]
     where = layout(targets, mask, None)
     arriving = [None if d is None or not d.numel() else where.take(d) for d in (dlogps, dentropy)]
+    d_logps, d_entropy = arriving
     if support_ids is None:
         head = head_inputs(hidden, weight, targets, where, constants.settings(others))
         plan = make_plan(head, constants.options)
@@ -318,7 +319,7 @@ def _stats_backward_now(
         assert row_max is not None
         assert log_sum is not None
         known = RowStats(logps, row_max, log_sum, entropy)
-        return _shaped(stats_gradients(head, plan, known, *arriving, needs), tensors, needs)
+        return _shaped(stats_gradients(head, plan, known, d_logps, d_entropy, needs), tensors, needs)
     with _autograd():
         leaves = [t.detach().requires_grad_(need) if t is not None else None for t, need in zip(tensors, needs)]
         settings = constants.settings([*leaves[2:], *others[3:]])

@@ -183,7 +183,6 @@ def over_support(call: Call, support_ids: Tensor) -> PolicyLoss:
     """The loss over the tokens that a truncated sampler kept, by autograd: [N, K] logits are small."""
     ids = support.checked(support_ids, call.head, call.inputs.where)
     logps, entropy, *_ = support.statistics(call.head, ids, call.plan, call.wanted)
-    assert logps is not None
     loss = step_loss(call.inputs.objective, call.tokens(logps, entropy), call.inputs.weights)
     return call.result(loss, logps.detach(), None if entropy is None else entropy.detach())
 

@@ -73,7 +73,8 @@ def linear_stats(
     where = layout(targets, mask, None)
     settings = HeadSettings(bias, temperature, softcap, logit_scale, adapter, tp_group)
     found = head_stats(hidden, weight, targets, where, settings, wanted, support_ids, options)
-    return VocabularyStats(*(None if values is None else where.put(values) for values in found))
+    logps, *others = found
+    return VocabularyStats(where.put(logps), *(None if values is None else where.put(values) for values in others))
 
 
 def head_stats(

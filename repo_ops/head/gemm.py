@@ -22,6 +22,8 @@ def without_autocast(like: Tensor) -> torch.autocast:
 
 SLICE_BYTES = 1 << 24
 """Size of an upcast slice of the head's weight on a CPU."""
+PRODUCT_BYTES = 1 << 22
+"""Size of a slice of a 16-bit weight gradient on a CPU, that is still in cache when it is added."""
 
 
 def logits_(tile: Tensor, hidden: Tensor, weight: Tensor, *, add: bool = False) -> None:
@@ -57,8 +59,8 @@ def add_weight_grad_(total: Tensor, dlogits: Tensor, hidden: Tensor, weight: Ten
     elif total.dtype == dlogits.dtype:
         with _operands_of(hidden, weight):
             torch.addmm(total, dlogits.t(), operand, beta=beta, out=total)
-    else:  # a 16-bit tile on a CPU: products of slices are rounded once to its dtype, sums stay in float32
-        rows = max(1, SLICE_BYTES // (total.shape[1] * dlogits.element_size()))
+    else:  # 16-bit dlogits on a CPU: products of slices are rounded once to that dtype, sums stay in float32
+        rows = max(1, PRODUCT_BYTES // (total.shape[1] * dlogits.element_size()))
         for start in range(0, len(total), rows):
             product = torch.mm(dlogits[:, start : start + rows].t(), operand)
             target = total[start : start + rows]

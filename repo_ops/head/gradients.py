@@ -27,20 +27,25 @@ class ProductGradients:
     """The weight's existing .grad, which is added to; None: a new tensor is handed over."""
     hidden: Tensor | None = field(default=None, init=False)
     weight: Tensor | None = field(default=None, init=False)
-    _chunks: int = field(default=0, init=False)
+    """[V, D] so far; None before the first chunk."""
 
     def __post_init__(self) -> None:
-        hidden, weight = self.product
+        hidden = self.product.hidden
         if self.need_hidden:
             new = torch.empty_like if self.every_row_is_written else torch.zeros_like
             self.hidden = new(hidden, dtype=self._result_dtype(hidden), memory_format=torch.contiguous_format)
-        if self.need_weight and self.weight_grad is not None:
-            self.weight = self.weight_grad
-        elif self.need_weight:
-            self.weight = torch.empty_like(weight, dtype=self.accumulation_dtype, memory_format=torch.contiguous_format)
+        self.weight = self.weight_grad
 
-    def add(self, rows: Tensor | slice, hidden: Tensor, grads: RowGrads, tp_group: dist.ProcessGroup | None) -> None:
-        """Add a tile's share; `rows` are the positions and `hidden` the states of the tile's rows."""
+    def add(
+        self,
+        rows: Tensor | slice,
+        hidden: Tensor,
+        grads: RowGrads,
+        tp_group: dist.ProcessGroup | None,
+        *,
+        only: bool,
+    ) -> None:
+        """Add a tile's share: `rows` are the positions, `hidden` the states of its rows; `only`: there is no other."""
         dlogits, scale = grads
         if self.hidden is not None:
             dhidden = gemm.hidden_grad(dlogits, hidden, self.product.weight)
@@ -48,19 +53,26 @@ class ProductGradients:
             if tp_group is not None:
                 dist.all_reduce(dhidden, group=tp_group)
             self.hidden[rows] = dhidden.to(self.hidden.dtype)
-        if self.weight is not None:
-            scaled = hidden if scale is None else hidden * scale[:, None]
-            first = self._chunks == 0 and self.weight_grad is None
-            gemm.add_weight_grad_(self.weight, dlogits, scaled, self.product.weight, first=first)
-        self._chunks += 1
+        if self.need_weight:
+            self._add_weight(dlogits, hidden if scale is None else hidden * scale[:, None], only)
+
+    def _add_weight(self, dlogits: Tensor, hidden: Tensor, only: bool) -> None:
+        weight, first = self.product.weight, self.weight is None
+        if only and first and dlogits.dtype == hidden.dtype == weight.dtype == self._result_dtype(weight):
+            self.weight = torch.mm(dlogits.t(), hidden)  # the result itself, accumulated inside and rounded once
+            return
+        if self.weight is None:
+            self.weight = torch.empty_like(weight, dtype=self.accumulation_dtype, memory_format=torch.contiguous_format)
+        gemm.add_weight_grad_(self.weight, dlogits, hidden, weight, first=first)
 
     def finish(self) -> tuple[Tensor | None, Tensor | None]:
         """(dhidden, dweight) in the dtypes of their tensors."""
-        if self.weight_grad is not None:
+        weight = self.product.weight
+        if not self.need_weight or self.weight_grad is not None:
             return self.hidden, None
-        if self._chunks == 0 and self.weight is not None:
-            self.weight.zero_()
-        return self.hidden, None if self.weight is None else self.weight.to(self._result_dtype(self.product.weight))
+        if self.weight is None:
+            return self.hidden, torch.zeros_like(weight, dtype=self._result_dtype(weight))
+        return self.hidden, self.weight.to(self._result_dtype(weight))
 
     def _result_dtype(self, tensor: Tensor) -> torch.dtype:
         return result_dtype(tensor, self.accumulation_dtype, self.rounds_float16)
@@ -93,8 +105,8 @@ class Gradients:
         self.weight_grad = _weight_grad(head.weight) if head.accumulates and needs[1] else None
         pairs = zip(head.products, [needs[:2], needs[3:]], [self.weight_grad, None], strict=False)
         self.products = [
-            ProductGradients(product, *need, head.rows is None, head.exact_dtype, rounds_float16, weight_grad)
-            for product, need, weight_grad in pairs
+            ProductGradients(product, need[0], need[1], head.rows is None, head.exact_dtype, rounds_float16, grad)
+            for product, need, grad in pairs
         ]
         bias = needs[2]
         self.bias = torch.zeros_like(head.bias, dtype=head.exact_dtype) if bias and head.bias is not None else None
@@ -102,12 +114,13 @@ class Gradients:
     def add(self, chunk: slice, live: Tensor | None, grads: RowGrads) -> None:
         """Add a tile's share; `live` [C'] are the rows of the chunk that the tile still holds, None for all."""
         rows = self._positions(chunk, live)
+        only = chunk.start == 0 and chunk.stop == self.head.num_rows
         for gradients in self.products:
             if live is not None and gradients.hidden is not None and self.head.rows is None:
                 gradients.hidden[chunk] = 0
             if len(grads.tile):
                 hidden = self.head.rows_of(gradients.product.hidden, chunk)
-                gradients.add(rows, hidden if live is None else hidden[live], grads, self.head.tp_group)
+                gradients.add(rows, hidden if live is None else hidden[live], grads, self.head.tp_group, only=only)
         if self.bias is not None and len(grads.tile):
             dlogits, scale = grads
             ones = torch.ones_like(dlogits[:, 0]) if scale is None else scale.to(dlogits.dtype)

@@ -25,7 +25,7 @@ class Plan:
     rows: int
     tile_dtype: torch.dtype
     gradient_dtype: torch.dtype
-    """Dtype of dlogits as operands of the gradient GEMMs: the inputs' own on a GPU, the tile's on a CPU."""
+    """Dtype of dlogits as operands of the gradient GEMMs: the inputs' own, on a CPU only where that is bfloat16."""
     backend: str
 
     def new_tile(self, head: HeadInputs) -> Tensor:
@@ -79,9 +79,9 @@ def make_plan(head: HeadInputs, options: Options) -> Plan:
             f"options.memory_budget: expected at least {fixed + row_bytes} bytes, which one row of logits over "
             f"{vocab_size} entries needs, got {budget}"
         )
-    gradient_dtype = tile_dtype
-    if hidden.device.type != "cpu":
-        gradient_dtype = torch.promote_types(hidden.dtype, weight.dtype)
+    gradient_dtype = torch.promote_types(hidden.dtype, weight.dtype)
+    if hidden.device.type == "cpu" and not (gradient_dtype == torch.bfloat16 and tile_dtype == torch.float32):
+        gradient_dtype = tile_dtype
     return Plan(rows, tile_dtype, gradient_dtype, choose_backend(hidden, options, tile_dtype))
 
 

@@ -51,7 +51,9 @@ def checked(support_ids: Tensor, head: HeadInputs, where: Layout) -> Tensor:
     return torch.cat([target, torch.where(live == target, NOT_KEPT, live)], 1)
 
 
-def statistics(head: HeadInputs, ids: Tensor, plan: Plan, wanted: Wanted) -> tuple[Tensor | None, ...]:
+def statistics(
+    head: HeadInputs, ids: Tensor, plan: Plan, wanted: Wanted
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """[N] log-probability of the target within `ids` [N, K + 1] and entropy over them, attached; sum p^2; argmax."""
     kept = ids != NOT_KEPT
     ids = ids.clamp_min(0)
