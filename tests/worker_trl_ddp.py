@@ -49,7 +49,7 @@ def main(folder, rows):
                 replay_min_size=4,
                 replay_num=3,
                 shared_rows=rows == "shared",
-                ddp_backend="gloo",
+                **({"ddp_backend": "gloo"} if ranks > 1 else {}),
             )
         ),
         train_dataset=Dataset.from_dict({"prompt": PROMPTS[:4]}),
