@@ -2,6 +2,7 @@
 
 from repo_ops import replay
 from repo_ops.advantages import group_advantages
+from repo_ops.integrations.transformers import patch_causal_lm
 from repo_ops.linear_logps import TokenStats, linear_logps
 from repo_ops.linear_policy_loss import linear_policy_loss
 from repo_ops.linear_stats import VocabularyStats, linear_stats
@@ -32,6 +33,7 @@ __all__ = [
     "linear_policy_loss",
     "linear_stats",
     "objective_names",
+    "patch_causal_lm",
     "policy_loss",
     "replay",
     "summarize",

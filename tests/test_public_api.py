@@ -28,6 +28,7 @@ FUNCTIONS = {
     "group_advantages": (["rewards", "group_ids"], {"off_policy", "mode", "estimator", "lengths"}),
     "get_objective": (["name"], set()),
     "objective_names": ([], set()),
+    "patch_causal_lm": (["model"], set()),
 }
 VALUES = {
     "NumItems",
