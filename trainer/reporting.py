@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -64,6 +66,20 @@ def reporting(
         raise
     finally:
         if first:
-            end_record(run.folder, how)
-            picture = draw_report({name: run.folder}, run.folder / "report.png", title=run.describe())
-            write_page({name: run.folder}, run.folder / "report.html", picture=picture)
+            with _undisturbed():
+                end_record(run.folder, how)
+                picture = draw_report({name: run.folder}, run.folder / "report.png", title=run.describe())
+                write_page({name: run.folder}, run.folder / "report.html", picture=picture)
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Without SIGTERM, which torchrun sends as soon as another rank has ended with an error."""
+    if threading.current_thread() is not threading.main_thread():  # elsewhere Python allows no handlers
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
