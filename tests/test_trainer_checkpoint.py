@@ -22,6 +22,7 @@ from repo_ops.trainer.learner import Learner
 from repo_ops.trainer.log import read_metrics
 from repo_ops.trainer.loop import train
 
+TESTS = Path(__file__).parent
 SCRIPT = Path(sys.executable).with_name("repo-ops")
 
 
@@ -184,3 +185,45 @@ def test_the_manifest_says_what_the_run_was(two_steps: Path) -> None:
     assert manifest["settings"]["lr"] == 1e-3
     assert manifest["versions"]["torch"] == torch.__version__
     assert set(manifest["files"]) == {".metadata", "__0_0.distcp", "rank-0.pt", "metrics.jsonl"}
+
+
+def launched(mode: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    """worker_checkpoint.py on two ranks."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1", "PYTHONPATH": str(TESTS)}
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
+    command += [str(TESTS / "worker_checkpoint.py"), mode, str(folder)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
+
+
+@pytest.mark.slow
+def test_two_ranks_stop_together_go_on_exactly_and_one_rank_can_take_over(tmp_path: Path) -> None:
+    reward_file(tmp_path)
+    done = launched("stop", tmp_path)
+    assert done.returncode == 0, done.stderr[-4000:]
+    for rank in (0, 1):  # the signal came to rank 1 alone
+        assert f"rank{rank} resumed at 4" in done.stdout
+        assert f"rank{rank} equal" in done.stdout, done.stdout
+    assert "rank1 stopped by SIGTERM after step 4" in done.stdout
+    assert "rank0 stopped by a signal to another rank after step 4" in done.stdout
+    saved = tmp_path / "cut" / "checkpoints" / "step-00000004"
+    files = {"__0_0.distcp", "__1_0.distcp", ".metadata", "rank-0.pt", "rank-1.pt", "metrics.jsonl"}
+    assert set(read(saved).manifest["files"]) == files
+    one = prepared(
+        tmp_path / "one", steps=6, eval_steps=4, reward=f"{tmp_path / 'reward.py'}:reward", resume=str(saved)
+    )
+    assert "the checkpoint is of 2 ranks, here are 1: results differ by rounding" in one.notes
+    train(one)
+    expected = torch.load(tmp_path / "final.pt", weights_only=True)
+    worst = max((one.model.state_dict()[name] - value).abs().max().item() for name, value in expected.items())
+    assert worst < 1e-6
+
+
+@pytest.mark.slow
+def test_a_rank_that_is_killed_ends_the_run_and_leaves_its_checkpoints(tmp_path: Path) -> None:
+    done = launched("kill", tmp_path)
+    assert done.returncode != 0
+    assert "Signal 9 (SIGKILL)" in done.stderr
+    run = prepared(tmp_path, steps=6, heldout_size=0, save_steps=1, resume="auto")
+    assert run.resumed_at == 3
+    train(run)
+    assert [line["step"] for line in read_metrics(tmp_path)] == [0, 1, 2, 3, 4, 5, 6]

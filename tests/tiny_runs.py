@@ -1,5 +1,6 @@
 """Runs of the tiny model through the real path, and what two runs of the same steps must agree in."""
 
+import copy
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.distributed.tensor import DTensor
 
 from repo_ops.trainer.config import TrainConfig
 from repo_ops.trainer.log import read_metrics
@@ -33,8 +35,9 @@ TINY = {
     "replay_num": 4,
     "replay_min_size": 4,
     "sample_steps": 0,
+    "reward_timeout": None,  # in this process: the random states of others are no business of a checkpoint
 }
-CLOCK = ("time/", "memory/", "tokens_per_second")  # what two runs of the same seed may differ in
+CLOCK = ("time/", "memory/", "tokens_per_second", "mfu")  # what two runs of the same seed may differ in
 
 # draws on every generator of the process, so that a run whose random states were not put back earns other rewards
 NOISY_REWARD = """
@@ -87,8 +90,8 @@ def outcome(run: Run) -> dict[str, Any]:
     assert run.buffer is not None
     return {
         "parameters": {name: value.clone() for name, value in run.model.state_dict().items()},
-        "optimizer": run.learner.optimizer.state_dict(),
-        "random": random_states(run.model.device),
+        "optimizer": copy.deepcopy(run.learner.optimizer.state_dict()),
+        "random": random_states(run.learner.ranks.device),
         "buffer": run.buffer.state_dict(),
         "prompts": run.prompts.state_dict(),
         "next prompts": [example.prompt for example in run.prompts.take()],
@@ -111,5 +114,7 @@ def differences(found: Any, expected: Any, where: str = "") -> list[str]:
             return [f"{where}: {len(found)} instead of {len(expected)}"]
         return [d for i, value in enumerate(expected) for d in differences(found[i], value, f"{where}[{i}]")]
     if isinstance(expected, torch.Tensor):
+        if isinstance(expected, DTensor):
+            found, expected = found.to_local(), expected.to_local()
         return [] if found.dtype == expected.dtype and torch.equal(found, expected) else [f"{where}: tensors differ"]
     return [] if found == expected else [f"{where}: {found!r} instead of {expected!r}"]

@@ -132,9 +132,10 @@ class TrainConfig:
     temperature: float = 1.0
     """Divides the logits, when sampling and in the loss (> 0)."""
     top_k: int = 0
-    """Sample among the k most probable tokens only (0: all); with replay it must be 0."""
+    """Sample among the k most probable tokens only (0: all; at most 512); with replay it must be 0."""
     top_p: float = 1.0
-    """Sample among the most probable tokens that reach this probability, in (0, 1]; with replay it must be 1."""
+    """Of these, sample among the most probable ones that reach this probability, in (0, 1]; below 1 it wants a top_k;
+    with replay it must be 1."""
     max_new_tokens: int | None = None
     """Longest completion, tokens (none: the task's own; 256 for data)."""
     stop: list[str] | None = None
@@ -244,10 +245,10 @@ class TrainConfig:
         self._check_data()
         self._check_rewards()
         check_engine_args(self.engine, self.engine_args)
-        if self.engine != "hf" and self.top_p < 1 and not self.top_k:
+        if self.top_k > MAX_KEPT or (self.top_p < 1 and not self.top_k):
             raise ValueError(
-                f"top_p: expected 1, or a top_k beside it, with engine {self.engine}, got {self.top_p}; without top_k "
-                "vLLM does not report which tokens it kept"
+                f"top_k, top_p: expected 0 and 1, or a top_k up to {MAX_KEPT}, got {self.top_k} and {self.top_p}; the "
+                "policy's log-probabilities are taken over the tokens that were kept"
             )
         if self.lora_rank == 0 and (self.lora_alpha is not None or self.lora_targets != "all-linear"):
             raise ValueError("lora_alpha, lora_targets: expected a lora_rank beside them, got 0; set lora_rank")
@@ -311,6 +312,9 @@ def _default(name: str) -> Any:
     found = next(each for each in fields(TrainConfig) if each.name == name)
     return found.default_factory() if callable(found.default_factory) else found.default
 
+
+# of repo_ops.head.support.MAX_SUPPORT, which would import torch
+MAX_KEPT = 512
 
 _AT_LEAST = {
     ("max_prompt_tokens",): 1,
@@ -400,10 +404,13 @@ MAY_CHANGE = frozenset(
         *("output_dir", "log_steps", "sample_steps", "sample_rows", "save_completions", "report_to", "project"),
         *("profile_steps", "nonfinite_limit", "eval_steps", "heldout_samples", "eval_k", "eval_success"),
         *("save_model", "push_to_hub", "save_steps", "keep_last", "save_async", "resume"),
-        *("device", "threads", "micro_batch_tokens", "engine_args"),  # these change results by rounding
+        *("eval_data", "eval_data_args", "reward_timeout"),
+        # these change results by rounding
+        *("device", "threads", "micro_batch_tokens", "engine_args"),
+        *("replicas", "cpu_offload", "recompute_layers", "liger"),
     }
 )
-"""Settings that may differ when a run goes on from a checkpoint; `steps` may too where the learning rate is constant."""
+"""Settings that may differ when a run goes on from a checkpoint; `steps` too, where the learning rate is constant."""
 
 
 def settings_as_json(config: TrainConfig) -> dict[str, Any]:

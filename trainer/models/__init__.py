@@ -38,7 +38,7 @@ def load_model(
         seed: of the tiny model's weights and warm start. Stored models have no use for one.
         tiny: settings of the tiny model, its seed included; only with name "tiny".
     Raises:
-        ValueError: no such model.
+        ValueError: no such model, or its files are missing or damaged.
         ImportError: "smollm2" without its packages.
     """
     if tiny is not None and name != "tiny":
@@ -47,9 +47,10 @@ def load_model(
         folder = _folder(name, cache_root(cache_dir), tiny or TinyModel(seed=seed))
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        # transformers picks SDPA by itself, except for what has none (Gemma 2), where asking for it would be an error
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+        with _readable(name):
+            tokenizer = AutoTokenizer.from_pretrained(folder)
+            # transformers picks SDPA by itself, except for what has none (Gemma 2), where asking for it is an error
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     return model.eval(), tokenizer
 
 
@@ -63,7 +64,8 @@ def load_shape(name: str, *, seed: int = 0) -> tuple[PretrainedConfig, PreTraine
         folder = _folder(name, cache_root(None), TinyModel(seed=seed))
         from transformers import AutoConfig, AutoTokenizer
 
-        return AutoConfig.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+        with _readable(name):
+            return AutoConfig.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
 
 
 def _folder(name: str, root: Path, tiny: TinyModel) -> Path | str:
@@ -82,6 +84,18 @@ def _folder(name: str, root: Path, tiny: TinyModel) -> Path | str:
             f"got {name!r}; check the spelling or the path"
         )
     return name
+
+
+@contextmanager
+def _readable(name: str) -> Iterator[None]:
+    """What the libraries below say of a model that is missing or damaged, in one sentence."""
+    try:
+        yield
+    except ImportError:
+        raise
+    except Exception as error:  # OSError, ValueError, KeyError, or one of safetensors or tokenizers: each has its own
+        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise ValueError(f"model: expected one that can be loaded, got {name!r}; {reason}") from error
 
 
 @contextmanager

@@ -31,9 +31,6 @@ def main() -> None:
     except ValueError as error:
         connection.send(("refused", str(error)))
         return
-    except Exception as error:
-        connection.send(("refused", f"reward: {name!r} cannot be loaded: {describe(error)}"))
-        return
     connection.send(("ready", known))
     while True:
         try:
@@ -60,10 +57,15 @@ def load_function(name: str) -> Callable[..., Any]:
     """The function that "package.module:function" or "path/to/file.py:function" names.
 
     Raises:
-        ValueError: no such module, file or function.
+        ValueError: no such module, file or function, or the module raises when it is imported.
     """
     where, _, attribute = name.rpartition(":")
-    function = getattr(_module(name, where), attribute, None)
+    try:
+        function = getattr(_module(name, where), attribute, None)
+    except ValueError:
+        raise
+    except Exception as error:
+        raise ValueError(f"reward: {name!r} cannot be loaded: {describe(error)}") from error
     if not callable(function):
         raise ValueError(f"reward: expected a function {attribute!r} in {where}, found {function!r}")
     return function
