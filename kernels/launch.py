@@ -89,6 +89,12 @@ TABLE: dict[tuple[str, str, str], Config] = {
     ("tiled_logps", "sm_100", "float32"): _tile(64, 64, 16, 4, 2, "B200"),
     ("tiled_logps", "sm_120", "float32"): _tile(64, 64, 16, 4, 2, "RTX 5090"),
     ("tiled_logps", "gfx942", "float32"): _tile(64, 64, 32, 4, 2, "MI300X"),
+    # Without 16-byte loads a thread takes its elements one by one: fewer of them, or their addresses spill.
+    ("tiled_logps_uneven", "*", "*"): _tile(64, 64, 32, 4, 2, "any"),
+    ("tiled_logps_uneven", "*", "float32"): _tile(64, 64, 16, 4, 2, "any"),
+    ("tiled_logps_uneven", "interpreter", "*"): Config(
+        32, 1, 1, "CPU", "[33, 31] by 5003", "predicted", 128, 32, 512, 2
+    ),
     ("tiled_logps", "interpreter", "*"): Config(32, 1, 1, "CPU", "[33, 64] by 5003", "predicted", 128, 32, 512, 2),
     ("ratio_tokens", "*", "*"): Config(512, 4, 1, "any", _TOKENS_SHAPE, "predicted"),
     ("ratio_sequences", "*", "*"): Config(512, 4, 1, "any", _TOKENS_SHAPE, "predicted"),

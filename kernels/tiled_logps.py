@@ -32,6 +32,8 @@ from repo_ops.kernels.logit_rows import FLOATS, RowStats, _finish_logits, _log1p
 _ROWS_A_LAUNCH = 16384
 """Bounds the memory between the kernels: 8 to 16 bytes for each row and `Config.share` entries of the vocabulary."""
 _JOIN_ROWS = 128
+_WIDEST_STEP = 64
+"""No row of the launch table steps further along the hidden states."""
 
 
 @triton.jit
@@ -85,8 +87,7 @@ def _fold_logits(
     width: tl.constexpr = raw.shape[1]
     z = _finish_logits(raw, None, None, None, logit_scale, softcap, inv_t[:, None])
     lanes = tl.arange(0, width)
-    # compared as int32, where an id from elsewhere must not come to lie in the vocabulary
-    local = tl.where((target >= start) & (target < start + width), target - start, -1).to(tl.int32)
+    local = tl.where((target >= start) & (target < start + width), target - start, -1)
     # Few tiles hold a target of these rows, and one a column past the end. A branch for each mask: on CDNA masks that
     # live together take more scalar registers than there are
     has_target = tl.max(local, axis=0) >= 0
@@ -111,6 +112,43 @@ def _fold_logits(
         q = scale * scale * q + tl.sum(e * e, axis=1)
     r = scale * r + tl.sum(e, axis=1)
     return peak, r, u, q, z_target
+
+
+@triton.jit
+def _fold_part(
+    raw, target, start, V, logit_scale, softcap, inv_t, m, r, u, q, z_target,
+    ENTROPY: tl.constexpr, SUM_P2: tl.constexpr,
+):  # fmt: skip
+    if raw.shape[1] > 64:
+        half: tl.constexpr = raw.shape[1] // 2
+        left, right = _halves(raw)
+        m, r, u, q, z_target = _fold_logits(
+            left, target, start, V, logit_scale, softcap, inv_t, m, r, u, q, z_target, ENTROPY, SUM_P2
+        )
+        return _fold_logits(
+            right, target, start + half, V, logit_scale, softcap, inv_t, m, r, u, q, z_target, ENTROPY, SUM_P2
+        )
+    else:
+        return _fold_logits(raw, target, start, V, logit_scale, softcap, inv_t, m, r, u, q, z_target, ENTROPY, SUM_P2)
+
+
+@triton.jit
+def _fold_tile(
+    raw, target, start, V, logit_scale, softcap, inv_t, m, r, u, q, z_target,
+    ENTROPY: tl.constexpr, SUM_P2: tl.constexpr,
+):  # fmt: skip
+    """`_fold_logits` by 64 columns: exponentials of a whole tile beside its logits do not fit into the registers."""
+    if raw.shape[1] > 128:
+        half: tl.constexpr = raw.shape[1] // 2
+        left, right = _halves(raw)
+        m, r, u, q, z_target = _fold_part(
+            left, target, start, V, logit_scale, softcap, inv_t, m, r, u, q, z_target, ENTROPY, SUM_P2
+        )
+        return _fold_part(
+            right, target, start + half, V, logit_scale, softcap, inv_t, m, r, u, q, z_target, ENTROPY, SUM_P2
+        )
+    else:
+        return _fold_part(raw, target, start, V, logit_scale, softcap, inv_t, m, r, u, q, z_target, ENTROPY, SUM_P2)
 
 
 # Only dtypes, which options are None, and the flags make another binary; see logit_rows.
@@ -171,7 +209,7 @@ def tiled_logps_kernel(
     group = program // (GROUP * shares)
     first = group * GROUP
     width = tl.minimum(row_blocks - first, GROUP)
-    within = program - first * shares
+    within = program % (GROUP * shares)
     block = first + within % width
     share = within // width
 
@@ -179,6 +217,8 @@ def tiled_logps_kernel(
     is_row = row < N
     row = tl.minimum(row, N - 1).to(tl.int64)
     target = tl.load(targets + row)
+    # as int32, where an id from elsewhere must not come to lie in the vocabulary
+    target = tl.where((target >= 0) & (target < V), target, -1).to(tl.int32)
     inv_t = tl.zeros([BLOCK], tl.float32) + inv_temperature_value
     if inv_temperature is not None:
         inv_t = tl.load(inv_temperature + row)
@@ -211,13 +251,8 @@ def tiled_logps_kernel(
                 adapter_weight, entry * adapter_weight_stride, R,
                 ADAPTER_EVEN, ADAPTER_ALIGNED, UPCAST, ADAPTER_DEPTH,
             )  # fmt: skip
-        # in halves: the exponentials of a whole tile beside its logits do not fit into the registers
-        left, right = _halves(acc)
-        m, r, u, q, z_target = _fold_logits(
-            left, target, start, V, logit_scale, softcap, inv_t, m, r, u, q, z_target, ENTROPY, SUM_P2
-        )
-        m, r, u, q, z_target = _fold_logits(
-            right, target, start + COLUMNS // 2, V, logit_scale, softcap, inv_t, m, r, u, q, z_target, ENTROPY, SUM_P2
+        m, r, u, q, z_target = _fold_tile(
+            acc, target, start, V, logit_scale, softcap, inv_t, m, r, u, q, z_target, ENTROPY, SUM_P2
         )
 
     tl.store(partial + row, z_target, mask=is_row & (target >= begin) & (target < end))
@@ -377,8 +412,10 @@ def tiled_logps(
         with_argmax=with_argmax,
         architecture=architecture_of(hidden.device),
     )
-    dtype = torch.promote_types(hidden.dtype, weight.dtype)
-    config = tune.tuned_config("tiled_logps", hidden, lambda config: make(config=config), dtype=dtype)
+    config = None
+    if tune.enabled():
+        kernel, dtype = _tuning_key(hidden, weight)
+        config = tune.tuned_config(kernel, hidden, lambda config: make(config=config), dtype=dtype)
     launches, stats = make(config=config)
     for launch in launches:
         launch.run(hidden.device)
@@ -421,7 +458,9 @@ def tiled_launches(
     else:
         scale = check_positive("inv_temperature", inv_temperature) or 1.0
     low_rank = _check_adapter(adapter, hidden, weight)
-    config = config or launch_config("tiled_logps", architecture, torch.promote_types(hidden.dtype, weight.dtype))
+    if config is None:
+        kernel, dtype = _tuning_key(hidden, weight)
+        config = launch_config(kernel, architecture, dtype)
     constants = {
         **_product_arguments(head, low_rank, config),
         "weight": weight,
@@ -452,6 +491,12 @@ def tiled_launches(
         found = RowStats(*(None if field is None else field[part] for field in stats))
         launches += _launch_pair({**constants, **states, **own, "partial": partial}, found, config)
     return launches, stats
+
+
+def _tuning_key(hidden: Tensor, weight: Tensor) -> tuple[str, torch.dtype]:
+    """Name and dtype of the launch table's row: loads of single elements want smaller tiles than loads of 16 bytes."""
+    whole = _aligned(hidden, weight) and hidden.shape[-1] % _WIDEST_STEP == 0
+    return "tiled_logps" if whole else "tiled_logps_uneven", torch.promote_types(hidden.dtype, weight.dtype)
 
 
 def _launch_pair(arguments: dict[str, Any], stats: RowStats, config: Config) -> list[Launch]:
@@ -536,5 +581,10 @@ def _check_product(left_name: str, left: Tensor, right_name: str, right: Tensor)
             f"{right_name}: expected shape [V >= 1, {left.shape[1]}] like the columns of {left_name},"
             f" got {list(right.shape)}"
         )
+    return _Product(left, right, left.shape[1], _aligned(left, right))
+
+
+def _aligned(left: Tensor, right: Tensor) -> bool:
+    """Whether every row of both starts at a 16-byte boundary."""
     starts = [start for m in (left, right) for start in (m.data_ptr(), m.stride(0) * m.element_size())]
-    return _Product(left, right, left.shape[1], all(start % 16 == 0 for start in starts))
+    return all(start % 16 == 0 for start in starts)

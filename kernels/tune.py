@@ -88,9 +88,10 @@ def _streams(row: Config, architecture: str) -> Iterator[Config]:
 
 
 def _products(row: Config) -> Iterator[Config]:
+    """Tiles of at most twice the row's elements a warp; more of them would spill."""
     shapes = ((128, 256, 8), (128, 128, 8), (128, 128, 4), (64, 256, 4), (64, 128, 4), (256, 128, 8), (64, 64, 4))
     for (block, columns, warps), depth, stages in itertools.product(shapes, (row.depth, row.depth // 2), (2, 3, 4)):
-        if depth >= 16:
+        if depth >= 16 and block * columns / warps <= 2 * row.block * row.columns / row.num_warps:
             yield dataclasses.replace(
                 row, block=block, columns=columns, num_warps=warps, num_stages=stages, depth=depth
             )

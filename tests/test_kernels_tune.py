@@ -14,7 +14,7 @@ from repo_ops.kernels.launch import interpreting
 from repo_ops.kernels.logit_rows import row_grads_, row_stats, stats_launch
 from repo_ops.kernels.tiled_logps import tiled_logps
 
-KERNELS = ("row_stats", "row_grads", "ratio_tokens", "ratio_sequences", "tiled_logps")
+KERNELS = ("row_stats", "row_grads", "ratio_tokens", "ratio_sequences", "tiled_logps", "tiled_logps_uneven")
 ARCHITECTURES = ("sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "gfx942", "xpu", "sm_200")
 
 
@@ -84,7 +84,8 @@ def everything():
     tile, targets = torch.randn(3, 300), torch.tensor([0, 7, 299])
     stats = row_stats(tile, targets)
     found = [*stats[:3], row_grads_(tile.clone(), targets, stats, torch.ones(3))]
-    found += tiled_logps(torch.randn(3, 20), torch.randn(300, 20), targets)[:3]
+    for D in (64, 20):
+        found += tiled_logps(torch.randn(3, D), torch.randn(300, D), targets)[:3]
     token, starts = torch.randn(40), torch.tensor([0, 15, 40])
     for level in ("token", "sequence"):
         sizes = None if level == "token" else starts
@@ -110,7 +111,14 @@ def test_tuning_is_off_by_default_and_leaves_the_numbers_alone(monkeypatch, caps
         timed.append(launches[0].config)
         return len(timed) * 1.0
 
-    few = {"row_stats": 3, "row_grads": 2, "ratio_tokens": 2, "ratio_sequences": 1, "tiled_logps": 1}
+    few = {
+        "row_stats": 3,
+        "row_grads": 2,
+        "ratio_tokens": 2,
+        "ratio_sequences": 1,
+        "tiled_logps": 1,
+        "tiled_logps_uneven": 1,
+    }
     monkeypatch.setattr(tune, "candidates", lambda k, a, d: [launch.launch_config(k, a, d)] * few[k])
     monkeypatch.setattr(tune, "_milliseconds", milliseconds)
     tuned = everything()
