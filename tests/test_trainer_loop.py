@@ -36,7 +36,7 @@ SMALL = {
     "threads": 1,
 }
 REPLAY = {"objective": "repo", "replay": "variance", "replay_num": 4, "replay_min_size": 4}
-CLOCK = ("time/", "memory/", "tokens_per_second")  # what two runs of the same seed may differ in
+CLOCK = ("time/", "memory/", "tokens_per_second", "mfu")  # what two runs of the same seed may differ in
 
 
 def arguments(folder: Path, **settings: object) -> list[str]:
@@ -402,3 +402,19 @@ def test_dppo_topk_trains_on_the_likeliest_tokens_that_were_asked_for(tmp_path: 
     assert {len(ids) for s in watched.learned[0] for ids in s.top_ids} == {3}
     # sampler and learner compute the same float32 model
     assert read_metrics(tmp_path)[1]["divergence"] == pytest.approx(0, abs=1e-4)
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.1])
+def test_truncated_sampling_trains_over_the_kept_tokens(tmp_path, beta):
+    """Over the whole vocabulary the log-probabilities would be off by the mass that was cut off: 0.1 and more here."""
+    settings = {"top_k": 5, "top_p": 0.9, "temperature": 1.5, "reward": "prefix_match", "beta": beta}
+    run = prepared(tmp_path, steps=2, lr=1e-3, **settings)
+    train(run)
+    steps = [row for row in read_metrics(run.folder) if row["step"]]
+    gaps = [row["sampler_gap_abs"] for row in steps if "sampler_gap_abs" in row]
+    assert gaps
+    assert max(gaps) < 1e-4
+    if beta:
+        # the reference over the same tokens: before the first update both are one model
+        assert steps[0]["kl"] == pytest.approx(0.0, abs=1e-6)
+        assert steps[1]["kl"] > 0

@@ -80,11 +80,11 @@ class Backbone:
         # float32 weights meet bfloat16 states under autocast: widening the states loses nothing
         return states.flatten(0, 1)[batch.gather].to(dtype)
 
-    def logps(self, batch: MicroBatch, *, temperature: float = 1.0) -> Tensor:
-        """Log-probability of each target of the micro-batch, [N]."""
+    def logps(self, batch: MicroBatch, temperature: float = 1.0, support_ids: Tensor | None = None) -> Tensor:
+        """Log-probability of each target of the micro-batch, [N]; over support_ids [N, K] as in `linear_logps`."""
         hidden, head = self.hidden(batch), self.head
-        arguments = head.arguments(hidden)
-        return repo_ops.linear_logps(hidden, targets=batch.targets, temperature=temperature, **arguments).logps
+        settings = {"targets": batch.targets, "temperature": temperature, "support_ids": support_ids}
+        return repo_ops.linear_logps(hidden, **settings, **head.arguments(hidden)).logps
 
     def precision(self) -> AbstractContextManager[Any]:
         """What the layers run under."""

@@ -121,7 +121,7 @@ class TrainConfig:
     save_completions: bool = False
     """Write every completion of every step to output_dir/completions/step_N.parquet (needs pyarrow)."""
     report_to: list[str] | str = field(default_factory=list)
-    """Trackers that get every metric too: tensorboard, wandb, trackio; one, or a list like [tensorboard,wandb]."""
+    """Trackers that get every metric too: tensorboard, wandb, trackio; one, or several as tensorboard,wandb."""
     project: str = "repo-ops"
     """Project of the run in wandb and trackio; the run is named after output_dir."""
     nonfinite_limit: int = 3

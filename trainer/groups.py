@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from statistics import fmean, pstdev
+from typing import Any
 
 import torch
 
@@ -164,7 +165,9 @@ def with_advantages(config: TrainConfig, groups: Sequence[Group]) -> list[Scored
         **config.advantages,
     )
     sequences = [
-        ScoredSequence(prompt_ids, completion.token_ids, advantage, replayed, completion.logps, i, *_top(completion))
+        ScoredSequence(
+            prompt_ids, completion.token_ids, advantage, replayed, completion.logps, i, **_others(completion)
+        )
         for (i, prompt_ids, completion, _, replayed), advantage in zip(rows, advantages.tolist(), strict=True)
     ]
     return _without_dead(sequences) if config.drop_dead_groups else sequences
@@ -176,9 +179,10 @@ def _without_dead(sequences: Sequence[ScoredSequence]) -> list[ScoredSequence]:
     return [s for s in sequences if (s.group, s.off_policy) in alive]
 
 
-def _top(completion: Completion | Sample) -> tuple[tuple[tuple[int, ...], ...], tuple[tuple[float, ...], ...]]:
-    """The likeliest tokens at each place with their log-probabilities; a stored sample has none."""
-    return ((), ()) if isinstance(completion, Sample) else (completion.top_ids, completion.top_logps)
+def _others(completion: Completion | Sample) -> dict[str, tuple[Any, ...]]:
+    """What the sampler said of other tokens at each place, as fields of a ScoredSequence; nothing of a stored sample."""
+    names = () if isinstance(completion, Sample) else ("top_ids", "top_logps", "kept_ids")
+    return {name: getattr(completion, name) for name in names}
 
 
 def group_metrics(collected: Collected, sequences: Sequence[ScoredSequence]) -> dict[str, float]:

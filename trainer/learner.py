@@ -57,6 +57,9 @@ class ScoredSequence:
     """The sampler's K likeliest tokens at each token (Completion.top_ids); for objectives that read them."""
     top_logps: tuple[tuple[float, ...], ...] = ()
     """Their log-probabilities when the token was sampled."""
+    kept_ids: tuple[tuple[int, ...], ...] = ()
+    """What each token was drawn from where top_k or top_p cut some off (Completion.kept_ids); the policy's
+    log-probabilities are taken over the same tokens."""
 
 
 def reads_top_logps(objective: Objective) -> bool:
@@ -225,7 +228,7 @@ class Learner:
     def _micro_batch(
         self, batch: MicroBatch, sequences: list[ScoredSequence], num_items: NumItems
     ) -> tuple[Tensor, list[Metrics]]:
-        ref_logps = self._ref_logps(batch)
+        ref_logps = self._ref_logps(batch, sequences)
         if is_sharded(self.backbone.model):
             return self._micro_batch_inside(batch, sequences, num_items, ref_logps)
         states = self.backbone.hidden(batch)
@@ -286,6 +289,7 @@ class Learner:
                 extras=self._extras(chosen, predicting, batch.targets[tokens]),
                 cu_seqlens=cu_seqlens,
                 temperature=self.temperature,
+                support_ids=_support_ids(chosen, hidden.device),
                 **self.backbone.head.arguments(predicting),
                 **(self._replayed(chosen, num_items) if replayed else {"num_items": self._on_policy(num_items)}),
             )
@@ -347,20 +351,30 @@ class Learner:
         return {"topk_behaviour_logps": behaviour, "topk_offsets": offsets}
 
     @torch.no_grad()
-    def _ref_logps(self, batch: MicroBatch) -> Tensor | None:
+    def _ref_logps(self, batch: MicroBatch, sequences: list[ScoredSequence]) -> Tensor | None:
         reference = self.reference
         if reference is None:
             return None
         shared = reference is self.backbone
         off: AbstractContextManager[None] = without_lora(reference.model) if shared else nullcontext()
+        support = _support_ids(sequences, self.ranks.device)
         with off:
-            return inside(reference.model, lambda: reference.logps(batch, temperature=self.temperature))
+            return inside(reference.model, lambda: reference.logps(batch, self.temperature, support))
 
 
 def count_items(sequences: Sequence[ScoredSequence]) -> NumItems:
     """What the loss of a step divides by: all its sequences and tokens, live or not, on-policy and replayed apart."""
     lengths = torch.tensor([len(s.token_ids) for s in sequences])
     return NumItems.of(lengths, torch.tensor([s.off_policy for s in sequences], dtype=torch.bool))
+
+
+def _support_ids(sequences: Sequence[ScoredSequence], device: torch.device) -> Tensor | None:
+    """[N, K] what each token was drawn from, -1 for padding; None where that was the whole vocabulary."""
+    rows = [kept for sequence in sequences for kept in sequence.kept_ids]
+    if not rows:
+        return None
+    longest = max(map(len, rows))
+    return torch.tensor([[*row, *[-1] * (longest - len(row))] for row in rows], device=device)
 
 
 def _select(cu_seqlens: Tensor, members: list[int]) -> tuple[Tensor, Tensor]:

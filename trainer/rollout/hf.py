@@ -164,7 +164,8 @@ class HFGenerate:
                 logits_processor=[sampler],
                 stopping_criteria=[ShareEnded(self._is_stop, DROP_AT, self.should_stop)],
                 generation_config=self._generation_config(limit - ids.shape[1]),
-                synced_gpus=False,  # a sharded model is whole here, and each rank stops when its own sequences have ended
+                # a sharded model is whole here, and each rank stops when its own sequences have ended
+                synced_gpus=False,
             )[:, ids.shape[1] :]
 
     def _is_stop(self, token_ids: Tensor) -> Tensor:
