@@ -4,7 +4,7 @@ import pytest
 import torch
 from truth import leaf, make_case, relative_error
 
-from repo_ops import Options, get_objective, linear_logps, linear_policy_loss
+from repo_ops import Options, get_objective, linear_logps, linear_policy_loss, linear_stats
 from repo_ops.head import triton_rows
 
 # The unchosen side of a `where` may be inf or NaN: numpy warns of it, a GPU does not.
@@ -173,3 +173,26 @@ def test_nearly_certain_rows_keep_their_gradient():
 def test_same_bits_on_every_run():
     case = make_case(2, 3, 8, 127)
     assert all(torch.equal(a, b) for a, b in zip(stats(case, TRITON), stats(case, TRITON)))
+
+
+@pytest.mark.parametrize("head", [{}, {"temperature": 0.6, "softcap": 5.0, "logit_scale": 2.0}], ids=str)
+def test_a_tight_budget_takes_the_forward_without_logits(head, monkeypatch):
+    case = make_case(2, 40, 8, 5003, bias=True, lengths=[40, 33], **head)
+    # about 50 rows of logits beside what is fixed
+    tight = Options(backend="triton", memory_budget=(11 if "softcap" in head else 5) << 20)
+    calls = []
+    tiled = triton_rows.tiled_stats
+    monkeypatch.setattr(triton_rows, "tiled_stats", lambda *arguments: calls.append(1) or tiled(*arguments))
+    for a, b in zip(stats(case, tight), stats(case, TORCH)):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+    assert calls
+    adapter = (torch.randn(2, 40, 2), torch.randn(5003, 2))
+    both = [
+        linear_stats(
+            case.hidden, case.weight, case.targets, mask=case.mask, adapter=adapter, options=options, **case.head
+        )
+        for options in (tight, TORCH)
+    ]
+    for a, b in zip(*both):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+    assert len(calls) == 2

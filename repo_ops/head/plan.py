@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from repo_ops.head import triton_rows
 from repo_ops.head.gemm import SLICE_BYTES
 from repo_ops.head.inputs import HeadInputs
 from repo_ops.head.torch_rows import BLOCK_BYTES
@@ -16,6 +17,9 @@ from repo_ops.options import MIB, Options
 CPU_BUDGET = 128 * MIB
 GPU_ROWS = 2048
 """Below about 1100 rows a tile, accumulating a float32 weight gradient is bound by memory bandwidth on an H100."""
+TILED_BELOW = 256
+"""A GEMM over fewer rows than about 300 is bound by reading the weight from an H100's memory, and it writes and reads
+logits besides; a kernel that keeps them in registers then wins, though its matrix products alone are slower."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +31,8 @@ class Plan:
     gradient_dtype: torch.dtype
     """Dtype of dlogits as operands of the gradient GEMMs: the inputs' own, on a CPU only where that is bfloat16."""
     backend: str
+    tiles_statistics: bool = False
+    """Whether a sweep for statistics alone keeps its logits in registers (kernels/tiled_logps.py)."""
 
     def new_tile(self, head: HeadInputs) -> Tensor:
         """[rows, V] uninitialised; one is reused by all chunks of a sweep."""
@@ -82,7 +88,9 @@ def make_plan(head: HeadInputs, options: Options) -> Plan:
     gradient_dtype = torch.promote_types(hidden.dtype, weight.dtype)
     if hidden.device.type == "cpu" and not (gradient_dtype == torch.bfloat16 and tile_dtype == torch.float32):
         gradient_dtype = tile_dtype
-    return Plan(rows, tile_dtype, gradient_dtype, choose_backend(hidden, options, tile_dtype))
+    backend = choose_backend(hidden, options, tile_dtype)
+    tiles = backend == "triton" and rows < min(TILED_BELOW, head.num_rows) and not triton_rows.why_not_tiled(head)
+    return Plan(rows, tile_dtype, gradient_dtype, backend, tiles)
 
 
 def choose_backend(hidden: Tensor, options: Options, tile_dtype: torch.dtype) -> str:
@@ -91,8 +99,6 @@ def choose_backend(hidden: Tensor, options: Options, tile_dtype: torch.dtype) ->
     Raises:
         ValueError: "triton" was asked for and cannot run here.
     """
-    from repo_ops.head import triton_rows
-
     if options.backend == "auto":
         return "triton" if hidden.is_cuda and not triton_rows.why_not(hidden, tile_dtype) else "torch"
     if options.backend == "triton":

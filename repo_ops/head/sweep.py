@@ -30,6 +30,10 @@ others up costs one copy of the tile."""
 
 def statistics(head: HeadInputs, plan: Plan, *, wanted: Wanted) -> RowStats:
     """Statistics of all live rows: one pass, nothing of size V is kept."""
+    if plan.tiles_statistics:
+        found = triton_rows.tiled_stats(head, wanted)
+        group, owned = head.tp_group, head.owned
+        return found if group is None or owned is None else shards.combine(found, owned, group)
     stats = _new_stats(head, wanted)
     tile = plan.new_tile(head)
     for chunk in plan.chunks(head.num_rows):

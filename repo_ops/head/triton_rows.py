@@ -7,7 +7,7 @@ import importlib.util
 import torch
 from torch import Tensor
 
-from repo_ops.head.inputs import RowGrads, RowStats, Scaling, Wanted
+from repo_ops.head.inputs import HeadInputs, RowGrads, RowStats, Scaling, Wanted
 
 
 def available() -> bool:
@@ -37,12 +37,41 @@ def stats_(tile: Tensor, targets: Tensor, scaling: Scaling, wanted: Wanted) -> R
     """Statistics of each row of `tile` [C, V], which is only read."""
     from repo_ops.kernels import logit_rows
 
-    found = logit_rows.row_stats(
-        tile, targets, **scaling._asdict(), with_entropy=wanted.entropy, with_sum_p2=wanted.sum_p2
+    found = logit_rows.row_stats(tile, targets, **scaling._asdict(), **_asked_for(wanted))
+    return RowStats(found.logps, found.row_max, found.log_sum, found.entropy, None, found.sum_p2, found.is_argmax)
+
+
+def why_not_tiled(head: HeadInputs) -> str:
+    """Why `tiled_stats` cannot run where `stats_` can; empty if it can."""
+    for hidden, weight in head.products:
+        if any(matrix.shape[1] > 1 and matrix.stride(1) != 1 for matrix in (hidden, weight)):
+            return "the rows of hidden or weight are not contiguous"
+        if (hidden.dtype, weight.dtype) != (head.hidden.dtype, head.weight.dtype):
+            return "the adapter's dtypes are not those of hidden and weight"
+    return ""
+
+
+def tiled_stats(head: HeadInputs, wanted: Wanted) -> RowStats:
+    """Statistics of all live rows from hidden states, with no logits in memory."""
+    from repo_ops.kernels import tiled_logps
+
+    found = tiled_logps.tiled_logps(
+        head.hidden,
+        head.weight,
+        head.targets,
+        rows=head.rows,
+        bias=head.bias,
+        inv_temperature=head.inv_temperature,
+        logit_scale=head.logit_scale,
+        softcap=head.softcap,
+        adapter=head.adapter,
+        **_asked_for(wanted),
     )
-    # logp = (z[target] - max) - log_sum: the bracket is 0, but for float32 rounding, where the target is the largest
-    is_argmax = found.logps == -found.log_sum if wanted.is_argmax else None
-    return RowStats(found.logps, found.row_max, found.log_sum, found.entropy, None, found.sum_p2, is_argmax)
+    return RowStats(found.logps, found.row_max, found.log_sum, found.entropy, None, found.sum_p2, found.is_argmax)
+
+
+def _asked_for(wanted: Wanted) -> dict[str, bool]:
+    return {"with_entropy": wanted.entropy, "with_sum_p2": wanted.sum_p2, "with_argmax": wanted.is_argmax}
 
 
 def exponentiate_(tile: Tensor, stats: RowStats, scaling: Scaling) -> None:
