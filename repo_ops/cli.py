@@ -58,6 +58,17 @@ def _dry_run(config: TrainConfig) -> None:
         _refuse("train", str(error))
 
 
+def evaluate(arguments: Sequence[str]) -> None:
+    """Evaluate a model on prompts from a file or a task: rewards, pass@k, intervals."""
+    from repo_ops.trainer.evaluation import parse_evaluation, run_evaluation
+
+    settings = parse_evaluation(arguments)
+    try:
+        run_evaluation(settings)
+    except (ValueError, ImportError) as error:
+        _refuse("evaluate", str(error))
+
+
 def demo(arguments: Sequence[str]) -> None:
     """Train SmolLM2-135M on products with GRPO and with RePO, and compare them."""
     from repo_ops.trainer.demo import parse_demo, run_demo
@@ -106,6 +117,7 @@ def doctor(arguments: Sequence[str]) -> None:
 
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "train": train,
+    "evaluate": evaluate,
     "demo": demo,
     "report": report,
     "plan": plan,

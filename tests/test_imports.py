@@ -114,6 +114,7 @@ THIRD_PARTY = {
         "trl",
     },
     "trainer": {
+        "datasets",
         "gguf",
         "jsonargparse",
         "math_verify",

@@ -21,9 +21,7 @@ from repo_ops.trainer.run import prepare
 datasets = pytest.importorskip("datasets")
 
 WORDS = ["".join(letters) for letters in itertools.permutations("abcd", 3)]  # 24 prompts that the tiny model knows
-CHATML = (
-    "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}a:{% endif %}"
-)
+CHATML = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}a:{% endif %}"
 RUN = {
     **{"model": "tiny", "steps": 2, "prompts_per_step": 4, "group_size": 2, "heldout_samples": 2, "max_new_tokens": 5},
     **{"stop": ["\n"], "autocast": False, "threads": 1, "save_model": False, "lr": 1e-4},
@@ -139,7 +137,7 @@ def test_too_long_prompts_are_left_out_and_counted(tmp_path: Path) -> None:
     task = opened(data, max_prompt_tokens=6).task(tiny_tokenizer())
     assert task.notes == ("data: 1 of 25 prompts left out, longer than 6 tokens",)
     assert prompts_of(task.train) == [f"r:{w}=" for w in WORDS]
-    with pytest.raises(ValueError, match="^max_prompt_tokens: expected at least one prompt of data to fit, got 5"):
+    with pytest.raises(ValueError, match=r"^max_prompt_tokens: expected at least one prompt of data to fit, got 5"):
         opened(data, max_prompt_tokens=5).task(tiny_tokenizer())
 
 
@@ -153,7 +151,7 @@ def test_chat_messages_go_through_the_template(tmp_path: Path) -> None:
     for name in ("chat.jsonl", "chat.parquet"):
         source = opened(write(tmp_path / name, content))
         assert source.notes == ["data: 1 of 3 rows left out, their prompts come again"]
-        with pytest.raises(ValueError, match="^prompt_column: expected a tokenizer with a chat template"):
+        with pytest.raises(ValueError, match=r"^prompt_column: expected a tokenizer with a chat template"):
             opened(str(tmp_path / name)).task(tiny_tokenizer())
         tokenizer.chat_template = CHATML
         assert prompts_of(source.task(tokenizer).train) == ["system: go\nuser: abc\na:", "system: go\nuser: bcd\na:"]
@@ -180,7 +178,7 @@ def test_a_chat_has_as_many_first_tokens_as_its_template_says(template_writes_it
         )
         assert text("abc") == "abc"
     else:
-        with pytest.raises(ValueError, match="^prompt_column: expected a tokenizer that adds to a chat nothing but"):
+        with pytest.raises(ValueError, match=r"^prompt_column: expected a tokenizer that adds to a chat nothing but"):
             text(messages("abc"))
 
 

@@ -1,13 +1,19 @@
 """Held-out evaluation against numbers worked by hand."""
 
 import itertools
+import json
 import math
+from pathlib import Path
 
 import pytest
 
+from repo_ops.cli import main
+from repo_ops.trainer.config import TrainConfig
 from repo_ops.trainer.evaluate import bootstrap, evaluate, interval, pass_at_k
+from repo_ops.trainer.loop import held_out
 from repo_ops.trainer.rewards import Rewards
 from repo_ops.trainer.rollout import Completion
+from repo_ops.trainer.run import prepare
 from repo_ops.trainer.tasks import Example
 
 
@@ -131,6 +137,37 @@ def test_nothing_scored_is_nan_and_no_examples_is_empty():
     for name in ("greedy_mean", "sampled_mean", "pass@1", "pass@1_low"):
         assert math.isnan(result[name])
     assert evaluate(engine, [], RIGHT, num_samples=1, max_new_tokens=3) == {}
+
+
+def test_the_command_gives_the_numbers_of_a_run_that_begins(tmp_path: Path, capsys) -> None:
+    same = {"model": "tiny", "task": "reverse", "heldout_size": 5, "train_size": 8, "seed": 3, "threads": 1}
+    same |= {"autocast": False, "eval_k": [1, 2, 4]}
+    run = prepare(TrainConfig(**same, heldout_samples=4, output_dir=str(tmp_path)))
+    words = [word for name, value in {**same, "samples": 4}.items() for word in (f"--{name}", value)]
+    words += ["--output", str(tmp_path / "o.json")]
+    main(["evaluate", *(word if isinstance(word, str) else json.dumps(word) for word in words)])
+    numbers = json.loads((tmp_path / "o.json").read_text())["numbers"]
+    assert {f"eval/{name}": value for name, value in numbers.items()} == held_out(run)
+    assert "pass@4" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ([], "data, task: expected one of the two, got None and None"),
+        (["--task", "copy", "--data", "x.jsonl"], "data, task: expected one of the two, got 'x.jsonl' and 'copy'"),
+        (["--task", "copy", "--chat", "true"], "chat: expected nothing without data"),
+        (["--task", "copy", "--samples", "2", "--eval_k", "[3]"], "eval_k: expected numbers from 1 to"),
+        (["--task", "copy", "--samples", "0", "--eval_k", "[1]"], "eval_k: expected none without samples"),
+        (["--data", "x.jsonl", "--reward", "exact_match", "--train_size", "3"], "train_size: expected none with data"),
+        (["--data", "x.jsonl", "--reward", "exact_match"], "data: expected a file, got 'x.jsonl', which is not there"),
+    ],
+)
+def test_a_mistake_in_the_command_is_one_sentence(capsys, arguments, sentence) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main(["evaluate", *arguments])
+    assert exit_.value.code == 2
+    assert sentence in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("k", [0, 5])

@@ -6,14 +6,14 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from repo_ops.trainer.config import TrainConfig
-from repo_ops.trainer.data import DataTask, open_data
+from repo_ops.trainer.data import DataTask, open_data, open_heldout
 from repo_ops.trainer.rewards import Rewards
 from repo_ops.trainer.tasks import Task, load_task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["make_task", "open_rewards", "open_source"]
+__all__ = ["make_task", "open_heldout_source", "open_rewards", "open_source"]
 
 
 def open_source(config: TrainConfig) -> Task | DataTask:
@@ -34,6 +34,22 @@ def open_source(config: TrainConfig) -> Task | DataTask:
         chat=config.chat,
         max_prompt_tokens=config.max_prompt_tokens,
         train_size=config.train_size,
+        heldout_size=config.heldout_size,
+        seed=config.seed,
+    )
+
+
+def open_heldout_source(config: TrainConfig) -> Task | DataTask:
+    """What to evaluate on: of data only what is held out is opened."""
+    if config.data is None:
+        return open_source(config)
+    return open_heldout(
+        config.eval_sets,
+        eval_data_args=config.eval_data_args,
+        prompt_column=config.prompt_column,
+        answer_column=config.answer_column,
+        chat=config.chat,
+        max_prompt_tokens=config.max_prompt_tokens,
         heldout_size=config.heldout_size,
         seed=config.seed,
     )

@@ -148,7 +148,7 @@ def open_heldout(
     seed: int = 0,
 ) -> DataTask:
     """Rows to evaluate on, without any to train on. Raises as `open_data` does."""
-    heldout, _ = _open_heldout(eval_data, eval_data_args, prompt_column, answer_column, heldout_size, seed)
+    heldout, _ = _open_heldout(eval_data, eval_data_args, prompt_column, answer_column, heldout_size, seed, key="data")
     answer = _answer(next(iter(heldout.values())), answer_column)
     return DataTask(", ".join(eval_data), None, heldout, prompt_column, answer, chat, max_prompt_tokens)
 
@@ -160,6 +160,8 @@ def _open_heldout(
     answer_column: str,
     size: int | None,
     seed: int,
+    *,
+    key: str = "eval_data",
 ) -> tuple[dict[str, Dataset], torch.Tensor]:
     """Rows of each set, `size` of them (None: all), by its name; the hashes of their prompts."""
     found: dict[str, Dataset] = {}
@@ -167,7 +169,7 @@ def _open_heldout(
     if size == 0:
         names = ()
     for name in names:
-        rows = open_rows(name, options, key="eval_data")
+        rows = open_rows(name, options, key=key)
         _check_columns(rows, prompt_column, answer_column)
         if size is not None and size < len(rows):
             rows = rows.select(some_of(len(rows), size, seed=seed))

@@ -41,7 +41,7 @@ def open_rows(name: str, options: Mapping[str, Any], *, key: str = "data") -> Da
     try:
         import datasets
     except ImportError as error:
-        raise ImportError(f"{key}: expected the package datasets; pip install datasets") from error
+        raise ImportError(f"{key}: expected the package datasets; pip install 'repo-ops[data]'") from error
     settings = {"split": "train", **options}
     reader = READERS.get(Path(name).suffix)
     path = Path(name).expanduser()
