@@ -40,10 +40,17 @@ def train(arguments: Sequence[str]) -> None:
         print(f"repo-ops train: {error}", file=sys.stderr)
         raise SystemExit(1) from None
     except Stopped as end:
-        print(f"repo-ops train: {end}", file=sys.stderr)
+        if run.learner.ranks.is_first:
+            print(f"repo-ops train: {end}", file=sys.stderr)
+        leave()
         raise SystemExit(0 if end.saved else 1) from None
     except (ValueError, TypeError, OSError) as error:
-        _fail("train", error, run.folder)  # a reward's mistake, a full disk; what else goes wrong shows its traceback
+        _fail("train", error, run.folder, str(error))  # a full disk, say; what else goes wrong shows its traceback
+    except RuntimeError as error:
+        if "by peer" not in str(error):  # gloo's words where a connection was closed or reset
+            raise
+        where = f"rank {run.learner.ranks.rank} lost another rank, which ended before it"
+        _fail("train", error, run.folder, f"{where}; see what that one or torchrun says, then --resume auto goes on")
     if run.learner.ranks.is_first:
         show_run(found, folder=run.folder)
     leave()
@@ -148,12 +155,12 @@ def _refuse(command: str, message: str) -> NoReturn:
     raise SystemExit(2)
 
 
-def _fail(command: str, error: Exception, folder: Path) -> NoReturn:
+def _fail(command: str, error: Exception, folder: Path, message: str) -> NoReturn:
     where = ""
     with suppress(OSError):  # the disk may be full
         (folder / "traceback.txt").write_text("".join(traceback.format_exception(error)))
         where = f"\n(traceback: {folder / 'traceback.txt'})"
-    print(f"repo-ops {command}: {' '.join(str(error).split())}{where}", file=sys.stderr)
+    print(f"repo-ops {command}: {' '.join(message.split())}{where}", file=sys.stderr)
     raise SystemExit(1)
 
 

@@ -223,6 +223,7 @@ def test_a_rank_that_is_killed_ends_the_run_and_leaves_its_checkpoints(tmp_path:
     done = launched("kill", tmp_path)
     assert done.returncode != 0
     assert "Signal 9 (SIGKILL)" in done.stderr
+    assert "repo-ops train: rank 0 lost another rank, which ended before it" in done.stderr
     run = prepared(tmp_path, steps=6, heldout_size=0, save_steps=1, resume="auto")
     assert run.resumed_at == 3
     train(run)

@@ -102,7 +102,8 @@ class Checkpoints:
         if self._thread is None:
             done: Future[None] = Future()
             try:
-                done.set_result(write(self.folder, snapshot, keep=self.keep, group=self._group))
+                write(self.folder, snapshot, keep=self.keep, group=self._group)
+                done.set_result(None)
             except CannotWrite as error:
                 done.set_exception(error)
         else:

@@ -61,6 +61,7 @@ def demo_configs(demo: Demo) -> dict[str, TrainConfig]:
         objective="grpo",
         output_dir=str(folder / "grpo"),
         save_model=False,
+        save_steps=None,
     )
     repo = replace(grpo, objective="repo", replay=demo.replay, output_dir=str(folder / "repo"))
     return {"GRPO": grpo, f"RePO ({demo.replay})": repo}
