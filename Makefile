@@ -18,7 +18,7 @@ DEMO_STAMP := $(VENV)/.has-demo
 DEV_STAMP := $(VENV)/.has-dev
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-vllm lint format types docs bench
+.PHONY: help demo test test-vllm lint format types site docs bench
 
 help:
 	@echo "make demo    train SmolLM2-135M with GRPO and with RePO on this machine and compare them"
@@ -28,6 +28,7 @@ help:
 	@echo "make format  let ruff mend what it can"
 	@echo "make types   mypy over the packages under their installed names"
 	@echo "make docs    the pages and pictures of docs/ that are made from source"
+	@echo "make site    docs/ as web pages, in build/site"
 	@echo "make bench   the benchmarks"
 	@echo "Each makes $(VENV) and installs into it first, where that is still to do."
 
@@ -99,6 +100,10 @@ types: $(DEV_STAMP)
 
 docs: $(DEV_STAMP)
 	$(BIN)/python docs/generate
+
+# The documentation as a folder of pages that open without a server or a network.
+site: $(DEV_STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --site-dir build/site
 
 # Let nothing else run meanwhile. Results and pictures are written to benchmarks/results.
 RESULTS := benchmarks/results
