@@ -42,6 +42,13 @@ def test_one_name_or_several() -> None:
         TrainConfig(report_to="tensorbord")
 
 
+def test_all_trackers_of_a_run_and_of_its_resumption_get_one_id(tmp_path: Path) -> None:
+    new = opening(tmp_path)
+    assert new.run_id == new.run_id == (tmp_path / "run_id").read_text()
+    assert opening(tmp_path, resumed_at=3).run_id == new.run_id
+    assert opening(tmp_path).run_id != new.run_id
+
+
 def test_a_missing_package_names_the_command(monkeypatch) -> None:
     monkeypatch.setitem(trackers.TRACKERS, "no_such_tracker", trackers.TRACKERS["wandb"])
     check_installed(["json"], option="x")

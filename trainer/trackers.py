@@ -6,6 +6,7 @@ import importlib.util
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,8 +36,9 @@ class Opening:
     resumed_at: int | None = None
     """Step of the checkpoint that the run goes on from; None: a new run."""
 
+    @cached_property
     def run_id(self) -> str:
-        """Names the run at its tracker; kept in folder/run_id, so that a resumed run goes on under the same."""
+        """Names the run at its trackers; kept in folder/run_id, so that a resumed run goes on under the same."""
         path = self.folder / "run_id"
         if self.resumed_at is None or not path.exists():
             path.write_text(secrets.token_hex(4))
@@ -75,7 +77,7 @@ def _wandb(run: Opening) -> Tracker:
     opened = wandb.init(
         project=run.project,
         name=run.name,
-        id=run.run_id(),
+        id=run.run_id,
         resume="allow",
         dir=str(run.folder),
         config=dict(run.settings),
@@ -93,7 +95,7 @@ def _wandb(run: Opening) -> Tracker:
 def _trackio(run: Opening) -> Tracker:
     import trackio
 
-    name = f"{run.name}-{run.run_id()}"  # it knows a run by its name alone
+    name = f"{run.name}-{run.run_id}"  # it knows a run by its name alone
     opened = trackio.init(project=run.project, name=name, config=dict(run.settings), resume="allow", embed=False)
     return Tracker(lambda step, metrics: opened.log(metrics, step=step), lambda failed: opened.finish())
 
