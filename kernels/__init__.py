@@ -1,4 +1,6 @@
-"""Triton kernels for the vocabulary axis and the policy terms: `logit_rows`, `clipped_ratio`, `group_advantages`.
+"""Triton kernels for the vocabulary axis and the policy terms.
+
+`logit_rows`, `tiled_logps`; `clipped_ratio`, `group_advantages`; `launch`, `tune` and `aot` say how they run.
 
 Importing this package imports neither torch nor triton; its modules do.
 """

@@ -492,6 +492,16 @@ def row_grads_(
     return grads
 
 
+def new_stats(like: Tensor, rows: int, with_entropy: bool, with_sum_p2: bool, with_argmax: bool) -> RowStats:
+    """Uninitialised statistics of `rows` rows, on the device of `like`."""
+
+    def new(dtype: torch.dtype = torch.float32) -> Tensor:
+        return like.new_empty(rows, dtype=dtype)
+
+    extra = new() if with_entropy else None, new() if with_sum_p2 else None, new(torch.bool) if with_argmax else None
+    return RowStats(new(), new(), new(), *extra)
+
+
 def stats_launch(
     tile: Tensor,
     targets: Tensor,
@@ -509,9 +519,7 @@ def stats_launch(
     """The launch behind `row_stats` and the tensors that it fills."""
     rows = tile.shape[0]
     common = _common_arguments(tile, targets, bias, inv_temperature, logit_scale, softcap)
-    fields = [tile.new_empty(rows, dtype=torch.float32) for _ in range(3)]
-    wanted = [tile.new_empty(rows, dtype=torch.float32) if want else None for want in (with_entropy, with_sum_p2)]
-    stats = RowStats(*fields, *wanted, tile.new_empty(rows, dtype=torch.bool) if with_argmax else None)
+    stats = new_stats(tile, rows, with_entropy, with_sum_p2, with_argmax)
     config = config or launch_config("row_stats", architecture, tile.dtype)
     flags = None if stats.is_argmax is None else stats.is_argmax.view(torch.uint8)
     arguments = {**common, **stats._asdict(), "is_argmax": flags, "BLOCK": config.block}

@@ -27,7 +27,7 @@ from repo_ops.kernels.launch import (
     interpreting,
     launch_config,
 )
-from repo_ops.kernels.logit_rows import FLOATS, RowStats, _finish_logits, _log1p
+from repo_ops.kernels.logit_rows import FLOATS, RowStats, _finish_logits, _log1p, new_stats
 
 _ROWS_A_LAUNCH = 16384
 """Bounds the memory between the kernels: 8 to 16 bytes for each row and `Config.share` entries of the vocabulary."""
@@ -473,11 +473,7 @@ def tiled_launches(
         # numpy has no bfloat16 product
         "UPCAST": hidden.dtype != weight.dtype or interpreting(),
     }
-    stats = RowStats(
-        *(hidden.new_empty(num_rows, dtype=torch.float32) for _ in range(3)),
-        *(hidden.new_empty(num_rows, dtype=torch.float32) if want else None for want in (with_entropy, with_sum_p2)),
-        is_argmax=hidden.new_empty(num_rows, dtype=torch.bool) if with_argmax else None,
-    )
+    stats = new_stats(hidden, num_rows, with_entropy, with_sum_p2, with_argmax)
     fields = 2 + with_entropy + with_sum_p2
     height = 1 + fields * triton.cdiv(vocabulary, config.share)
     partial = stats.logps.new_empty(height * min(num_rows, _ROWS_A_LAUNCH))
@@ -488,7 +484,7 @@ def tiled_launches(
         if rows is None:
             states = {name: None if value is None else value[part] for name, value in states.items()}
         own = {name: None if value is None else value[part] for name, value in vectors.items()}
-        found = RowStats(*(None if field is None else field[part] for field in stats))
+        found = RowStats._make(None if field is None else field[part] for field in stats)
         launches += _launch_pair({**constants, **states, **own, "partial": partial}, found, config)
     return launches, stats
 
