@@ -37,7 +37,7 @@ LABELS = {
     "trl": "TRL GRPOTrainer",
     "installed": "the same with install()",
     "rows": "RePOTrainer, replay off",
-    "repo": "RePOTrainer, replay of 8 a prompt",
+    "repo": "RePOTrainer with replay",
 }
 SIDES: dict[str, dict[str, Any]] = {"trl": {}, "installed": {}, "rows": {"replay": None}, "repo": {}}
 """Settings of RePOConfig; {} of the first two: they are TRL's own trainer."""
@@ -60,7 +60,7 @@ class Setting:
 
 SETTINGS = {
     "smollm2": Setting("smollm2", "products", prompts=8, samples=8, completion=8),
-    "tiny": Setting("tiny", "reverse", prompts=3, samples=4, completion=6),
+    "tiny": Setting("tiny", "reverse", prompts=6, samples=4, completion=6),
 }
 
 
@@ -235,7 +235,7 @@ def table(found: dict[str, Any]) -> str:
         "completions",
         "computed",
         "peak MiB",
-        "of it",
+        "of TRL's",
     ]
     lines = [[*head, "loss apart", "gradients apart"]]
     lines.append(["---"] * len(lines[0]))

@@ -1,6 +1,6 @@
 """RePOTrainer on as many ranks as there are, with completions that depend on nothing but prompt and step.
 
-    python tests/worker_trl_ddp.py FOLDER {shared|separate}
+    python tests/worker_trl_ddp.py FOLDER
 
 Rank 0 writes the trained parameters and the buffer's state to FOLDER/result.pt.
 """
@@ -33,7 +33,7 @@ def completions_of(prompts, trainer):
     return found
 
 
-def main(folder, rows):
+def main(folder):
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     trainer = RePOTrainer(
         model=stored_qwen2(folder / f"model{os.environ.get('RANK', '0')}"),
@@ -48,7 +48,6 @@ def main(folder, rows):
                 optim="sgd",
                 replay_min_size=4,
                 replay_num=3,
-                shared_rows=rows == "shared",
                 **({"ddp_backend": "gloo"} if ranks > 1 else {}),
             )
         ),
@@ -68,4 +67,4 @@ def main(folder, rows):
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2])
+    main(Path(sys.argv[1]))
