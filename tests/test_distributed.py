@@ -10,11 +10,11 @@ import pytest
 TESTS = Path(__file__).parent
 
 
-def launch(worker: str) -> list[str]:
+def launch(worker: str, *arguments: str) -> list[str]:
     """Lines that `worker` printed on two ranks."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1", "PYTHONPATH": str(TESTS)}
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", str(TESTS / worker)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
+    done = subprocess.run([*command, *arguments], env=environment, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr[-4000:]
     return done.stdout.splitlines()
 

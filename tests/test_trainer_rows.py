@@ -25,7 +25,7 @@ from transformers import (
 
 import repo_ops
 from repo_ops.trainer.backbone import Backbone
-from repo_ops.trainer.rows import MicroBatch, pack_rows
+from repo_ops.trainer.rows import MicroBatch, deal, pack_rows
 
 VOCABULARY = 53
 # two heads that share one key-value head, more layers than one: a wrong mask or position shows in the second layer
@@ -237,3 +237,26 @@ def test_logits_that_the_head_does_not_reproduce_are_refused() -> None:
     model.lm_head.forward = lambda hidden: 1.5 * head(hidden)  # a scaling that no key of the config tells
     with pytest.raises(ValueError, match="packed and separate rows of LlamaForCausalLM differ"):
         Backbone(model)
+
+
+def test_ranks_are_dealt_every_sequence_once_and_about_equal_tokens() -> None:
+    generator = torch.Generator().manual_seed(2)
+    prompts, completions = [], []
+    for prompt in range(9):
+        for _ in range(6):
+            prompts.append((prompt,) * (3 + prompt))
+            completions.append((1,) * int(torch.randint(1, 30, (1,), generator=generator)))
+    for parts in (1, 2, 3, 4):
+        dealt = deal(prompts, completions, parts)
+        assert sorted(i for part in dealt for i in part) == list(range(len(prompts)))
+        tokens = [sum(len(completions[i]) for i in part) for part in dealt]
+        assert max(tokens) < 1.3 * min(tokens)
+        for prompt in set(prompts):  # none is computed on two ranks: a prompt's group is smaller than an even share
+            assert sum(any(prompts[i] == prompt for i in part) for part in dealt) == 1
+
+
+def test_one_prompt_is_cut_where_ranks_would_be_idle() -> None:
+    dealt = deal([(1, 2)] * 8, [(5, i) * 4 for i in range(8)], 4)
+    assert sorted(map(len, dealt)) == [2, 2, 2, 2]
+    assert deal([(1, 2)], [(3,)], 3) == [[0], [], []]
+    assert deal([], [], 2) == [[], []]

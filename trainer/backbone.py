@@ -83,7 +83,7 @@ class Backbone:
     def logps(self, batch: MicroBatch, temperature: float = 1.0, support_ids: Tensor | None = None) -> Tensor:
         """Log-probability of each target of the micro-batch, [N]; over support_ids [N, K] as in `linear_logps`."""
         hidden, head = self.hidden(batch), self.head
-        settings = {"targets": batch.targets, "temperature": temperature, "support_ids": support_ids}
+        settings: dict[str, Any] = {"targets": batch.targets, "temperature": temperature, "support_ids": support_ids}
         return repo_ops.linear_logps(hidden, **settings, **head.arguments(hidden)).logps
 
     def precision(self) -> AbstractContextManager[Any]:

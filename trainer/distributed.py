@@ -221,7 +221,8 @@ def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
     lists = [m for m in model.get_decoder().modules() if isinstance(m, nn.ModuleList)]
     if not lists:
         raise ValueError(f"model: expected a list of layers, got {type(model).__name__}, which has none; use one rank")
-    return list(max(lists, key=lambda m: sum(p.numel() for p in m.parameters())))
+    largest = max(lists, key=lambda layers: sum(p.numel() for p in layers.parameters()))
+    return list(largest)
 
 
 def is_sharded(model: nn.Module) -> bool:
@@ -283,4 +284,7 @@ def whole_state(model: nn.Module) -> dict[str, Tensor]:
     """The model's state_dict with whole tensors on the CPU, on the first rank; {} on the others. All have to call."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
-    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    state: dict[str, Any] = get_model_state_dict(
+        model, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
+    )
+    return state

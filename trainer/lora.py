@@ -7,6 +7,7 @@ Source: arXiv:2106.09685.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -41,8 +42,11 @@ def add_lora(model: PreTrainedModel, *, rank: int, alpha: float, targets: Sequen
         targets = list(targets)
     elif targets != "all-linear":
         raise ValueError(f"lora_targets: expected 'all-linear' or a list of layer names, got {targets!r}")
-    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, lora_dropout=0.0, bias="none")  # type: ignore[arg-type]
-    inject_adapter_in_model(config, model, adapter_name=ADAPTER)
+    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, lora_dropout=0.0, bias="none")
+    with warnings.catch_warnings():  # peft warns of merging an adapter into a tied head, which export_model unties
+        warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True`")
+        warnings.filterwarnings("ignore", message="fan_in_fan_out is set to False")  # and then to what it must be
+        inject_adapter_in_model(config, model, adapter_name=ADAPTER)
 
 
 def _check_targets(model: nn.Module, targets: Sequence[str]) -> None:
@@ -94,7 +98,6 @@ def merge_lora(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
                 merged[f"{name}.{kind}"] = value
         weight = merged[f"{name}.weight"]
         wide = weight.double() if weight.element_size() == 8 else weight.float()
-        merged[f"{name}.weight"] = (wide + layer.scaling[ADAPTER] * (b.to(wide.dtype) @ a.to(wide.dtype))).to(
-            weight.dtype
-        )
+        added = layer.scaling[ADAPTER] * (b.to(wide.dtype) @ a.to(wide.dtype))
+        merged[f"{name}.weight"] = (wide + (added.T if layer.fan_in_fan_out else added)).to(weight.dtype)
     return merged

@@ -23,7 +23,7 @@ def recompute_layers(model: PreTrainedModel) -> None:
     transformers' own switch works in train mode only, and the policy stays in eval mode.
     """
     for layer in decoder_layers(model):
-        layer.forward = _recomputed(layer)  # type: ignore[method-assign]
+        layer.forward = _recomputed(layer)
 
 
 def _recomputed(layer: nn.Module) -> Any:
