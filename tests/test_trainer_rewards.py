@@ -5,6 +5,8 @@ import math
 import os
 import random
 import re
+import subprocess
+import sys
 import time
 
 import numpy as np
@@ -297,6 +299,17 @@ def test_a_process_that_dies_is_an_error_and_comes_back(tmp_path):
     assert result.errors == {"f": ["its process ended with status 7"] * 3}
     assert score({"f": (reward, 1.0)}, PROMPTS, TEXTS, {}).totals == [1.0] * 3
     reward.close()
+
+
+def test_no_process_outlives_its_caller(tmp_path):
+    """One that hangs does not see that its caller is gone."""
+    (tmp_path / "mine.py").write_text("def reward(prompts, completions):\n    9 ** 9 ** 9\n")
+    code = "import sys, time; from repo_ops.trainer.rewards.child import InChild\n"
+    code += f"f = InChild(r'{tmp_path / 'mine.py'}:reward', 99.0); f.begin(['p'], ['c'])\n"
+    code += "print(f.child._process.pid, flush=True); sys.exit()\n"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=True)
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(done.stdout), 0)
 
 
 def test_functions_in_processes_work_at_the_same_time(tmp_path):

@@ -37,7 +37,9 @@ def plan_of_run(config: TrainConfig) -> str:
     device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     shape, tokenizer = load_shape(config.model, seed=config.seed)
     task = make_task(config, source, tokenizer)
-    lengths = [len(ids) for ids in encode_prompts(tokenizer, [example.prompt for example in task.train])]
+    # of a large data set the first prompts stand for all: it lies on disk and is not read as a whole
+    some = [example.prompt for example in task.train[:1000]]
+    lengths = [len(ids) for ids in encode_prompts(tokenizer, some)]
     work = Workload.of(config, lengths, config.max_new_tokens or task.max_new_tokens)
     with sketched(config, shape, device) as model:
         parameters = Parameters.of(model)

@@ -54,7 +54,7 @@ def explained(run: Run) -> Iterator[None]:
 def explain(run: Run, error: BaseException) -> str:
     """What was largest, the three settings that save most, and what the allocator said."""
     generating = _happened_in(error, "/rollout/")
-    prompts = encode_prompts(run.tokenizer, [example.prompt for example in run.task.train])
+    prompts = encode_prompts(run.tokenizer, [example.prompt for example in run.task.train[:1000]])
     work = Workload.of(run.config, [len(ids) for ids in prompts], run.max_new_tokens)
     device, shape = run.learner.ranks.device, run.model.config
     rest = memory_at_rest(run.model, reference=has_reference(run))

@@ -13,6 +13,7 @@ import random
 import subprocess
 import sys
 import time
+import weakref
 from collections.abc import Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -74,6 +75,8 @@ class Child:
         self._connection, theirs = multiprocessing.Pipe()
         command = [sys.executable, str(Path(__file__).with_name("serve.py")), str(theirs.fileno())]
         self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()])
+        # at the end of this process too: a function that hangs would never see that nobody waits any more
+        self._kill = weakref.finalize(self, _end, self._process)
         theirs.close()
         try:
             self._send((self.name, sys.path), START_SECONDS)
@@ -110,13 +113,9 @@ class Child:
     def close(self) -> None:
         """Ends the process."""
         if self._process is not None:
-            self._process.kill()
-            self._process.wait()
+            self._kill()
             self._connection.close()
             self._process, self._waiting = None, False
-
-    def __del__(self) -> None:
-        self.close()
 
     def _send(self, message: tuple[Any, ...], seconds: float) -> None:
         self._allowed, self._sent, self._waiting = seconds, time.monotonic(), True
@@ -136,6 +135,11 @@ class Child:
             raise ChildLost(f"its process ended with status {status}", timed_out=False) from None
         self.close()
         raise ChildLost(f"no answer within {self._allowed:g} s", timed_out=True)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    process.kill()
+    process.wait()
 
 
 class InChild:
