@@ -16,8 +16,11 @@ from repo_ops.kernels import aot
 from repo_ops.kernels.clipped_ratio import ratio_launch
 from repo_ops.kernels.group_advantages import advantages_launch
 from repo_ops.kernels.logit_rows import RowStats, grads_launch, row_stats, stats_launch
+from repo_ops.kernels.tiled_logps import tiled_launches
 
-LARGEST = "float32 .*everything|odd to bfloat16|bounds|sequence|prefix|split"
+# The largest of each kernel, which spill first: every case on every architecture is for `repo-ops kernels --check`.
+LARGEST = "(stats|grads) float32 .*everything|odd to bfloat16|bounds|sequence|prefix|split|join"
+FEW = "^(?!tiled_logps)|tiled_logps bfloat16 everything"
 
 
 def jit_key(launch):
@@ -39,6 +42,15 @@ def row_launches(V, rows, skip, temperature, softcap):
     return [stats, grads_launch(tile, ids, given, vector, vector, **options)[0]]
 
 
+def tiled_keys(rows, D, V, temperature, skip):
+    """Both kernels of a head on slices that start `skip` rows into their buffers."""
+    hidden, weight = (torch.empty(n + skip, D, dtype=torch.bfloat16)[skip:] for n in (rows, V))
+    ids = torch.zeros(rows + skip, dtype=torch.int64)[skip:]
+    options = {"inv_temperature": 1 / temperature, "logit_scale": temperature, "softcap": temperature}
+    launches, _ = tiled_launches(hidden, weight, ids, with_entropy=True, architecture="sm_90", **options)
+    return [jit_key(one) for one in launches]
+
+
 def keys():
     """Each list holds the keys of launches that must share one binary."""
     aligned = [(152064, 2, 0, 0.7, 30.0), (151936, 3, 1, 1.0, 50.0), (4, 1, 2, 2.0, 1.0)]
@@ -48,6 +60,9 @@ def keys():
         both = [row_launches(*shape) for shape in shapes]
         found[f"{name}, statistics"] = [jit_key(stats) for stats, _ in both]
         found[f"{name}, gradients"] = [jit_key(grads) for _, grads in both]
+    heads = [tiled_keys(*shape) for shape in ((3, 128, 300, 1.0, 1), (17, 4096, 151936, 0.7, 2), (1, 64, 1, 2.0, 3))]
+    for i, name in enumerate(("product", "join")):
+        found[f"tiled_logps, {name}"] = [both[i] for both in heads]
     tokens = []
     for level in ("token", "sequence", "prefix"):
         same = []
@@ -79,13 +94,14 @@ def refusal():
 
 if __name__ == "__main__":
     jobs = os.cpu_count() or 1
-    rows = aot.inspect_kernels(["sm_90", "gfx942"], jobs=jobs)
-    # elsewhere the largest of each kernel, which spill first: the rest would double the time of the whole test
+    rows = aot.inspect_kernels(["sm_90"], match="^(?!tiled_logps)|tiled_logps bfloat16", jobs=jobs)
+    rows += aot.inspect_kernels(["gfx942"], match=FEW, jobs=jobs)
     rows += aot.inspect_kernels(["sm_80", "sm_100", "sm_120"], match=LARGEST, jobs=jobs)
     disassembled = aot.inspect_kernels(["sm_90"], match="grads float32 aligned to bfloat16", sass=True)
     report = {
         "rows": [dataclasses.asdict(row) for row in rows],
         "disassembled": dataclasses.asdict(disassembled[0]),
+        "faults": aot.faults(rows, aot.read_kept(aot.KEPT)),
         "keys": keys(),
         "refusal": refusal(),
     }
