@@ -321,3 +321,28 @@ def test_training_with_a_server(tiny, tmp_path):
     assert len(steps) == 2
     assert all(row["grad_norm"] > 0 for row in steps)  # the weights moved, and moved on the server
     assert all(row["sampler_gap_abs"] < 1e-4 for row in steps)
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/collective_rpc"])
+def test_a_run_whose_server_dies_keeps_what_it_learned(tmp_path, path):
+    """In generation of step 2, or when it should take over the weights of step 1; then another server goes on."""
+    common = {**TINY, "output_dir": str(tmp_path / "run"), "engine": "vllm_server", "steps": 2, "heldout_size": 0}
+    model, tokenizer = load_model("tiny")
+
+    def run(server, **settings):
+        arguments = {"url": server.url, "retries": 0}
+        train(prepare(TrainConfig(**{**common, "engine_args": arguments, **settings})))
+
+    def dies(handler, body, answer):
+        steps = sum(p == "/v1/completions" for p, _ in server.requests) / common["prompts_per_step"]
+        if (path == "/v1/completions" and steps > 1) or (path == "/collective_rpc" and steps == 1):
+            return handler.hang_up()
+        return handler.send(answer())
+
+    with FakeVLLM(copy.deepcopy(model), tokenizer) as server:
+        server.faults[path] = dies
+        with pytest.raises(EngineError, match=r"the server is gone .*Step 1 is saved in .*checkpoints; --resume auto"):
+            run(server)
+    with FakeVLLM(model, tokenizer) as server:
+        run(server, resume="auto")
+    assert [row["step"] for row in read_metrics(tmp_path / "run") if row["step"]] == [1, 2]

@@ -62,6 +62,7 @@ def train(run: Run, *, name: str = "train", console: Console | None = None) -> d
             sequences = with_advantages(config, collected.groups)
             metrics = run.learner.step(sequences, lr=learning_rate(config, step))
             guard.check(step, sequences, metrics)
+            progress.learned(step, metrics)
             run.engine.sync(step)
 
             seconds = time.perf_counter() - started
@@ -74,7 +75,6 @@ def train(run: Run, *, name: str = "train", console: Console | None = None) -> d
                 "tokens_per_second": collected.tokens / seconds,
                 "memory/peak_mb": peak_memory_mb(ranks.device),
             }
-            progress.learned(step, metrics)
             if step == config.steps or (config.eval_steps and step % config.eval_steps == 0):
                 with progress.droppable():
                     metrics |= held_out(run)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from repo_ops.trainer.checkpoint import Checkpoints
 from repo_ops.trainer.resume import CHECKPOINTS, moment, snapshot
-from repo_ops.trainer.rollout import GenerationStopped
+from repo_ops.trainer.rollout import EngineError, GenerationStopped
 from repo_ops.trainer.stop import Interrupted, Stopped, StopSignals
 
 if TYPE_CHECKING:
@@ -59,6 +59,8 @@ class Progress:
             self._checkpoints.finish()
             if kind is Interrupted:
                 raise self._stopped() from None
+            if isinstance(error, EngineError):
+                raise self._without_engine(error) from error
         finally:
             self._stop.__exit__(kind, error, trace)
 
@@ -74,7 +76,10 @@ class Progress:
         self._check()
 
     def learned(self, step: int, metrics: Mapping[str, float]) -> None:
-        """The parameters have made this step; its evaluation and its line in the log are still to come."""
+        """The parameters have made this step; its evaluation and its line in the log are still to come.
+
+        Until then `metrics` may still grow.
+        """
         self.done, self.unfinished, self._at = step, metrics, None
 
     def logged(self) -> None:
@@ -95,6 +100,15 @@ class Progress:
         self._checkpoints.finish()
         if self._checkpoints.latest != self.done:
             self._checkpoints.save(snapshot(self.run, self.done, at=self._at, unfinished=self.unfinished))
+
+    def _without_engine(self, error: EngineError) -> EngineError:
+        """The error, after what the run has learned was saved: the parameters do not need the engine."""
+        if self.run.config.save_steps is None or self.done == 0:
+            return error
+        self._save()
+        self._checkpoints.finish()
+        where = self.run.folder / CHECKPOINTS
+        return EngineError(f"{error}. Step {self.done} is saved in {where}; --resume auto goes on from there")
 
     def _stopped(self) -> Stopped:
         why = f"stopped by {self._stop.received or 'a signal to another rank'}"

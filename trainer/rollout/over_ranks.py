@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from repo_ops.trainer.distributed import Ranks, whole
-from repo_ops.trainer.rollout import Completion, GenerationStopped, RolloutEngine
+from repo_ops.trainer.rollout import Completion, EngineError, GenerationStopped, RolloutEngine
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -47,13 +47,23 @@ class OverRanks:
 
         Raises:
             GenerationStopped: on all ranks, where `should_stop` came true on any.
+            EngineError: on all ranks, where an engine failed on any.
         """
         found: list[list[Completion]] | None = None
         gathered: AbstractContextManager[None] = (
             nullcontext() if self.samples_from is None else whole(self.samples_from)
         )
-        with gathered, suppress(GenerationStopped):  # the others wait for this rank
-            found = self.engine.generate(list(self.ranks.slice(prompts)), **sampling)
+        failed = ""
+        with gathered:  # whatever happens here, the others wait for this rank
+            try:
+                found = self.engine.generate(list(self.ranks.slice(prompts)), **sampling)
+            except GenerationStopped:
+                pass
+            except EngineError as error:
+                failed = str(error)
+        for error_of_rank in self.ranks.gather(failed):
+            if error_of_rank:
+                raise EngineError(error_of_rank)
         parts = self.ranks.gather(found)
         if any(part is None for part in parts):
             raise GenerationStopped
