@@ -13,6 +13,7 @@ import torch
 
 from repo_ops.trainer.models import TinyModel, load_model
 from repo_ops.trainer.models.cache import built_folder, cache_root
+from repo_ops.trainer.models.liger import patch_layers
 from repo_ops.trainer.rollout.hf import HFGenerate
 from repo_ops.trainer.tasks import load_task
 
@@ -174,3 +175,25 @@ def test_two_builders_at_once_end_with_one_whole_folder(tmp_path):
     assert found == [tmp_path / "key"] * 2
     assert [path.name for path in tmp_path.iterdir()] == ["key"]
     assert (tmp_path / "key" / "file").read_text() == "whole"
+
+
+def test_liger_runs_in_the_layers_and_nowhere_else(tmp_path, monkeypatch):
+    pytest.importorskip("liger_kernel")
+    from transformers.models.qwen3 import modeling_qwen3
+
+    for name in ("apply_rotary_pos_emb", "Qwen3RMSNorm", "Qwen3MLP"):  # patched for the process: put back after
+        monkeypatch.setattr(modeling_qwen3, name, getattr(modeling_qwen3, name))
+    model, _ = load_model("tiny", tiny=RANDOM, cache_dir=tmp_path)
+    forward = model.forward
+    assert not patch_layers(model, torch.device("cpu"), wanted=None)
+    assert not patch_layers(model, torch.device("cuda"), wanted=False)
+    assert model.model.norm.forward.__func__ is type(model.model.norm).forward
+    assert patch_layers(model, torch.device("cuda"), wanted=None)
+    layer = model.model.layers[1]
+    for module in (model.model.norm, layer.mlp, layer.self_attn.q_norm, modeling_qwen3.apply_rotary_pos_emb):
+        assert getattr(module, "forward", module).__module__.startswith("liger_kernel")
+    assert model.forward == forward  # the head and its loss stay ours
+    model.config.model_type = "unheard_of"
+    assert not patch_layers(model, torch.device("cuda"), wanted=None)
+    with pytest.raises(ValueError, match="liger: expected a model that liger-kernel knows, got unheard_of"):
+        patch_layers(model, torch.device("cuda"), wanted=True)

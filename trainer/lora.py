@@ -36,7 +36,7 @@ def add_lora(model: PreTrainedModel, *, rank: int, alpha: float, targets: Sequen
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError:
-        raise ImportError("lora_rank: needs the package peft; pip install peft") from None
+        raise ImportError("lora_rank: needs the package peft; pip install 'repo-ops[lora]'") from None
     if not isinstance(targets, str):
         _check_targets(model, targets)
         targets = list(targets)
