@@ -7,10 +7,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
-
-if TYPE_CHECKING:
-    from repo_ops.trainer.config import TrainConfig
+from typing import NoReturn
 
 __all__ = ["COMMANDS", "main"]
 
@@ -22,7 +19,13 @@ def train(arguments: Sequence[str]) -> None:
     dry = {"--dry-run", "--dry_run"}
     config = parse_config([argument for argument in arguments if argument not in dry])
     if dry & set(arguments):
-        return _dry_run(config)
+        from repo_ops.trainer.dry_run import plan_of_run
+
+        try:
+            print(plan_of_run(config))
+        except (ValueError, ImportError) as error:
+            _refuse("train", str(error))
+        return
     from repo_ops.trainer.distributed import leave
     from repo_ops.trainer.failed import RunFailed
     from repo_ops.trainer.loop import train
@@ -54,15 +57,6 @@ def train(arguments: Sequence[str]) -> None:
     if run.learner.ranks.is_first:
         show_run(found, folder=run.folder)
     leave()
-
-
-def _dry_run(config: TrainConfig) -> None:
-    from repo_ops.trainer.dry_run import plan_of_run
-
-    try:
-        print(plan_of_run(config))
-    except (ValueError, ImportError) as error:
-        _refuse("train", str(error))
 
 
 def evaluate(arguments: Sequence[str]) -> None:
