@@ -58,3 +58,15 @@ def test_two_ranks_learn_what_one_does():
     for name, (apart, moved) in found.items():
         assert apart < 1e-6, name
         assert moved > 2e-5, name
+
+
+@pytest.mark.slow
+def test_inside_hosts_two_ranks_give_what_one_process_gives():
+    pytest.importorskip("accelerate")
+    pytest.importorskip("liger_kernel")
+    lines = [line.split() for line in launch("worker_hosts.py") if line.startswith(("fsdp2", "liger", "verl", "accel"))]
+    assert [name for name, _ in lines] == [
+        "fsdp2-root", "fsdp2-tied", "fsdp2-tail", "fsdp2-own", "liger", "verl", "accelerate"
+    ]  # fmt: skip
+    for name, error in lines:
+        assert float(error) < 1e-5, name
