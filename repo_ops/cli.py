@@ -73,10 +73,14 @@ def evaluate(arguments: Sequence[str]) -> None:
 def demo(arguments: Sequence[str]) -> None:
     """Train SmolLM2-135M on products with GRPO and with RePO, and compare them."""
     from repo_ops.trainer.demo import parse_demo, run_demo
+    from repo_ops.trainer.failed import RunFailed
 
     settings = parse_demo(arguments)
     try:
         run_demo(settings)
+    except RunFailed as error:
+        print(f"repo-ops demo: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
     except ImportError as error:
         _refuse("demo", str(error))
 
