@@ -469,6 +469,17 @@ def read_kept(path: Path) -> dict[str, Any] | None:
     return table
 
 
+def _keep(rows: Sequence[Compiled], path: Path) -> None:
+    """Write the rows to `path`; what the same Triton made of other cases stays."""
+    table = as_kept(rows)
+    if path.is_file():
+        before = json.loads(path.read_text())
+        if before["triton"] == table["triton"]:
+            for architecture, cases_of in before["cases"].items():
+                table["cases"][architecture] = cases_of | table["cases"].get(architecture, {})
+    path.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n")
+
+
 def main(arguments: Sequence[str]) -> int:
     """Print the table of all kernels for the wanted architectures; 1 if one of them is at fault."""
     parser = argparse.ArgumentParser(
@@ -479,7 +490,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes")
     parser.add_argument("--out", help="also write the table to this Markdown file")
     parser.add_argument("--check", action="store_true", help="fail where a kernel got worse than in the kept table")
-    parser.add_argument("--keep", action="store_true", help="write the kept table anew")
+    parser.add_argument("--keep", action="store_true", help="write these rows into the kept table")
     parser.add_argument("--kept", type=Path, default=KEPT, help="JSON file of the kept table")
     parser.add_argument("--tune", action="store_true", help="instead time launch configurations on the GPU here")
     options = parser.parse_args(arguments)
@@ -498,7 +509,7 @@ def main(arguments: Sequence[str]) -> int:
     if options.out:
         Path(options.out).write_text(f"{table}\n\n{verdict}\n")
     if options.keep and not found:
-        options.kept.write_text(json.dumps(as_kept(rows), indent=1, sort_keys=True) + "\n")
+        _keep(rows, options.kept)
     return 1 if found else 0
 
 

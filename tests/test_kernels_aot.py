@@ -261,6 +261,19 @@ def test_the_command_prints_the_table_and_its_verdict(tmp_path):
     assert "FAILED group_advantages split on sm_90: programs per unit went from" in done.stdout
 
 
+def test_keeping_some_rows_leaves_the_others(tmp_path):
+    from repo_ops.kernels import aot
+
+    path = tmp_path / "kernels.json"
+    aot._keep([compiled(), compiled(case="other")], path)
+    aot._keep([compiled(registers=1)], path)
+    cases = json.loads(path.read_text())["cases"]["sm_90"]
+    assert {name: row["registers"] for name, row in cases.items()} == {"tiled_logps bfloat16": 1, "other": 254}
+    path.write_text(path.read_text().replace(aot.triton.__version__, "1.0"))
+    aot._keep([compiled()], path)
+    assert list(json.loads(path.read_text())["cases"]["sm_90"]) == ["tiled_logps bfloat16"]
+
+
 def test_a_check_without_a_kept_table_says_how_to_make_one(tmp_path):
     done = command(tmp_path, "--check")
     assert done.returncode == 2
