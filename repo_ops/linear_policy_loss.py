@@ -15,7 +15,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from repo_ops import compiled
 from repo_ops.arguments import Layout, check_values, layout
 from repo_ops.head import gemm, support, sweep
 from repo_ops.head.gradients import Gradients
@@ -97,6 +96,8 @@ def linear_policy_loss(
         "cu_seqlens": cu_seqlens,
     }
     if torch.compiler.is_compiling():
+        from repo_ops import compiled  # which imports Dynamo
+
         tensors = compiled.HeadTensors(bias, temperature, mask, support_ids, adapter, tp_group)
         return compiled.linear_policy_loss(
             hidden, weight, targets, given, extras, num_items, tensors, off_policy_coef, softcap, logit_scale,

@@ -9,7 +9,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from repo_ops import compiled
 from repo_ops.arguments import Layout, layout
 from repo_ops.head import gemm, support, sweep
 from repo_ops.head.gradients import Gradients
@@ -66,6 +65,8 @@ def linear_stats(
     wanted = _wanted(statistics)
     options = as_options(options)
     if torch.compiler.is_compiling():
+        from repo_ops import compiled  # which imports Dynamo
+
         tensors = compiled.HeadTensors(bias, temperature, mask, support_ids, adapter, tp_group)
         return VocabularyStats(
             *compiled.linear_stats(hidden, weight, targets, tensors, softcap, logit_scale, wanted, options)
