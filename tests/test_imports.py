@@ -116,6 +116,7 @@ THIRD_PARTY = {
     "trainer": {
         "datasets",
         "gguf",
+        "huggingface_hub",
         "jsonargparse",
         "math_verify",
         "matplotlib",
