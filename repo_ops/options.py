@@ -28,7 +28,7 @@ class Options:
     memory_budget: int | None = None
     """Bytes that the op may hold beyond its outputs and gradients, whatever N. None: 128 MiB on a CPU; on a GPU what a
     tile of 2048 tokens needs, because smaller tiles make the float32 weight gradient bandwidth-bound. Gradients of a
-    16-bit weight are summed in float32, which takes 4 V D bytes beside the 2 V D of the result. Where less than 256
+    16-bit weight are summed in float32, which takes 4 V D bytes beside the 2 V D of the result. Where less than 192
     rows fit, a sweep without gradient (old and reference log-probabilities) keeps its logits in registers on a GPU."""
 
     logits_dtype: torch.dtype | None = None

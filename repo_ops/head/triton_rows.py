@@ -37,7 +37,14 @@ def stats_(tile: Tensor, targets: Tensor, scaling: Scaling, wanted: Wanted) -> R
     """Statistics of each row of `tile` [C, V], which is only read."""
     from repo_ops.kernels import logit_rows
 
-    found = logit_rows.row_stats(tile, targets, **scaling._asdict(), **_asked_for(wanted))
+    found = logit_rows.row_stats(
+        tile,
+        targets,
+        **scaling._asdict(),
+        with_entropy=wanted.entropy,
+        with_sum_p2=wanted.sum_p2,
+        with_argmax=wanted.is_argmax,
+    )
     return RowStats(found.logps, found.row_max, found.log_sum, found.entropy, None, found.sum_p2, found.is_argmax)
 
 
@@ -65,13 +72,11 @@ def tiled_stats(head: HeadInputs, wanted: Wanted) -> RowStats:
         logit_scale=head.logit_scale,
         softcap=head.softcap,
         adapter=head.adapter,
-        **_asked_for(wanted),
+        with_entropy=wanted.entropy,
+        with_sum_p2=wanted.sum_p2,
+        with_argmax=wanted.is_argmax,
     )
     return RowStats(found.logps, found.row_max, found.log_sum, found.entropy, None, found.sum_p2, found.is_argmax)
-
-
-def _asked_for(wanted: Wanted) -> dict[str, bool]:
-    return {"with_entropy": wanted.entropy, "with_sum_p2": wanted.sum_p2, "with_argmax": wanted.is_argmax}
 
 
 def exponentiate_(tile: Tensor, stats: RowStats, scaling: Scaling) -> None:
