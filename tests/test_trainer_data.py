@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_runs import differences, reward_file, trained
 
 from repo_ops.cli import main
 from repo_ops.trainer.config import TrainConfig
@@ -104,6 +105,22 @@ def test_a_run_repeats_and_reads_only_what_it_needs(tmp_path: Path, monkeypatch)
         losses.append([line.get("loss") for line in read_metrics(tmp_path / name)])
     assert order[0] == order[1]
     assert losses[0] == losses[1]
+
+
+def test_a_resumed_run_meets_the_same_prompts_and_the_same_noise(tmp_path: Path) -> None:
+    """Dynamic sampling makes the position depend on the rewards; these are random, in a process of their own."""
+    source = "import random\ndef reward(prompts, completions, **_):\n    alive = random.random() < 0.5\n"
+    source += "    return [random.random() * alive for _ in prompts]\n"
+    settings = {
+        **{"data": write(tmp_path / "train.jsonl", rows()), "reward": reward_file(tmp_path, source)},
+        **{"task": "products", "train_size": None, "heldout_size": 0, "dynamic_sampling_max_rounds": 3},
+    }
+    whole = trained(tmp_path / "whole", steps=3, **settings)
+    trained(tmp_path / "a", steps=2, save_steps=2, **settings)
+    resumed = trained(tmp_path / "a", steps=3, resume="auto", **settings)
+    assert differences(resumed, whole) == []
+    rounds = [line["groups/rounds"] for line in whole["metrics"][1:]]
+    assert whole["prompts"]["taken"] == sum(rounds) > 3
 
 
 def test_rows_are_split_at_random_and_never_shared(tmp_path: Path) -> None:
