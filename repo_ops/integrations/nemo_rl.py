@@ -57,7 +57,8 @@ class NemoRLLoss:
         """
         length = next_token_logprobs.shape[1]
         mask = (data["token_mask"][:, 1:] * data["sample_mask"][:, None]).bool()[:, :length]
-        given = {ours: data[name][:, 1:] for ours, name in READS.items() if ours in self.objective.reads}
+        reads = {ours: name for ours, name in READS.items() if ours in self.objective.reads}
+        given: dict[str, Any] = {ours: data[name][:, 1:] for ours, name in reads.items()}
         given["old_logps"] = data["prev_logprobs"][:, 1:]
         found = policy_loss(
             next_token_logprobs,

@@ -157,7 +157,8 @@ def _model_forward(
     if shift_labels is None:
         logps, entropy, mask = (_aligned(x) for x in (logps, entropy, mask))
     kept = {key: value for key, value in outputs.items() if key not in ("loss", "logits")}
-    return _output_type(type(outputs))(logps=logps, entropy=entropy, mask=mask, **kept)
+    found: Any = type(outputs)
+    return _output_type(found)(logps=logps, entropy=entropy, mask=mask, **kept)
 
 
 def _head_forward(self: Any, inner: Callable[..., Any], hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:

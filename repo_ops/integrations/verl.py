@@ -201,12 +201,12 @@ def install_head() -> None:
         return
     _check_signature("verl.utils.kernel.linear_cross_entropy", module.LinearCrossEntropy.forward, HEAD_ARGUMENTS)
     device = torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
-    error = _check_head(device)
+    difference = _check_head(device)
     module.linear_cross_entropy = linear_cross_entropy
     logger.warning(
         "repo_ops: verl's fused linear_cross_entropy is now repo_ops' (backend triton of use_fused_kernels); its "
         "log-probabilities, entropies and gradients differ from float64 full logits by %.1e on %s",
-        error,
+        difference,
         device,
     )
 
@@ -218,7 +218,7 @@ class _ScaledGradient(torch.autograd.Function):
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return grad * ctx.scale, None
 
 
