@@ -201,7 +201,5 @@ def set_random_states(states: Mapping[str, Any], device: torch.device) -> None:
     torch.set_rng_state(states["torch"])
     if device.type == "cuda" and "cuda" in states:
         torch.cuda.set_rng_state(states["cuda"], device)
-    if "numpy" in states:
-        import numpy
-
+    if "numpy" in states and (numpy := sys.modules.get("numpy")) is not None:
         numpy.random.set_state(tuple(states["numpy"]))
