@@ -1,7 +1,8 @@
 """The vLLM engines with the real vLLM and SmolLM2 on a CPU: `make test-vllm`. `make test` does not collect this file.
 
 Log-probabilities are compared with a forward of transformers over the whole text, in float32 on both sides. They differ
-by up to 3e-5 here: both add the same numbers up in another order.
+by up to 3e-5, and by up to 2e-4 once noise has made the weights larger: both add the numbers up in another order. With
+weights of the step before they differ by more than 1.
 """
 
 import copy
@@ -29,7 +30,7 @@ pytestmark = pytest.mark.timeout(1500)
 
 PROMPTS = ["2 * 5 = 10\n9 * 3 = 27\n6 * 7 =", "The", "1 * 1 = 1\n12 * 3 = 36\n2 * 4 =", "The"]
 SETTINGS = {"num_samples": 3, "max_new_tokens": 7, "seed": 5}
-TOLERANCE = 1e-4
+TOLERANCE = 1e-3
 PORT = 8129
 RUN = {
     "model": "smollm2", "task": "products", "prompts_per_step": 2, "group_size": 4, "train_size": 2, "heldout_size": 2,
