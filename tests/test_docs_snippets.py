@@ -1,4 +1,4 @@
-"""The written pages of docs/: their Python runs as printed, top to bottom, in a process of its own; their links lead on.
+"""The written pages of docs/: their Python runs as printed, in a process of its own; their links lead on.
 
 Every ```python block of a page is run, the later ones with the names of the earlier ones, as a reader would paste them.
 A page names the packages that its code needs in a line `<!-- needs: trl, datasets -->`; without them it is skipped.

@@ -120,6 +120,7 @@ THIRD_PARTY = {
         "jsonargparse",
         "math_verify",
         "matplotlib",
+        "peft",
         "pyarrow",
         "reasoning_gym",
         "rich",

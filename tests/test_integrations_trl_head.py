@@ -317,8 +317,9 @@ def test_an_output_we_do_not_know_is_refused(installed):
 
 @pytest.mark.slow
 def test_fsdp2_gradients_are_those_of_one_process_or_the_wrapping_is_refused():
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1", "PYTHONPATH": str(Path(__file__).parent)}
-    worker = Path(__file__).parent / "worker_trl_fsdp2.py"
+    tests = Path(__file__).parent
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1", "PYTHONPATH": str(tests)}
+    worker = tests / "worker_trl_fsdp2.py"
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", str(worker)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr[-4000:]

@@ -90,9 +90,7 @@ def test_at_rest_and_cache_by_hand() -> None:
     names = ("weights", "gradients", "AdamW's averages", "reference model")
     numbers = (4 * parameters.total, 4 * parameters.trained, 8 * parameters.trained, 4 * parameters.total)
     assert memory_at_rest(model, reference=True) == dict(zip(names, numbers))
-    assert (
-        cache_bytes(CONFIG, SHAPE, WORK) == 2 * 3 * (2 * 12) * 4 * 6 * 9
-    )  # K and V, layers, width, bytes ...
+    assert cache_bytes(CONFIG, SHAPE, WORK) == 2 * 3 * (2 * 12) * 4 * 6 * 9  # K and V, layers, width, bytes ...
 
 
 def test_operations_of_a_learner_step_are_those_that_torch_counts() -> None:

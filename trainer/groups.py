@@ -180,7 +180,7 @@ def _without_dead(sequences: Sequence[ScoredSequence]) -> list[ScoredSequence]:
 
 
 def _others(completion: Completion | Sample) -> dict[str, tuple[Any, ...]]:
-    """What the sampler said of other tokens at each place, as fields of a ScoredSequence; nothing of a stored sample."""
+    """What the sampler said of other tokens at each place, as fields of a ScoredSequence; {} of a stored sample."""
     names = () if isinstance(completion, Sample) else ("top_ids", "top_logps", "kept_ids")
     return {name: getattr(completion, name) for name in names}
 

@@ -28,7 +28,8 @@ body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 76rem; marg
 h1 { font-size: 1.5rem; margin: 0 0 .3rem; } h2 { font-size: 1.15rem; margin: 2.2rem 0 .6rem; }
 h3 { font-size: 1rem; margin: 1.2rem 0 .4rem; }
 p.what { color: #555; margin: .1rem 0; white-space: pre-line; } img { width: 100%; height: auto; }
-table { border-collapse: collapse; } td, th { text-align: left; white-space: pre-wrap; padding: .25rem .8rem .25rem 0; vertical-align: top; }
+table { border-collapse: collapse; }
+td, th { text-align: left; white-space: pre-wrap; padding: .25rem .8rem .25rem 0; vertical-align: top; }
 th { font-weight: 600; border-bottom: 1px solid #999; } td { border-bottom: 1px solid #e4e4e4; }
 td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 pre { font: 13px/1.4 ui-monospace, monospace; white-space: pre-wrap; overflow-wrap: anywhere; margin: 0; }

@@ -222,10 +222,10 @@ class _Statistics(torch.autograd.Function):
             dlogps = torch.zeros_like(found.logps) if dlogps is None else dlogps
             sweep.gradients(head, plan, found, dlogps, dentropy, grads)
         call.installed.backwards += 1
-        dhidden, dweight, *_ = grads.finish()
+        dhidden, dweight = grads.finish()[:2]
         # sums stay in float32 under autocast: the products' own dtype would round them; no sum, no rows: dweight is 0
         summed = grads.products[0].weight
-        exact = dhidden, dweight if summed is None else summed, grads.bias
+        exact = [dhidden, dweight if summed is None else summed, grads.bias]
         tensors = (hidden, weight, bias)
         return (*(g if g is None or t is None else g.to(t.dtype) for g, t in zip(exact, tensors)), None, None)
 
