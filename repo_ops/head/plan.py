@@ -19,7 +19,7 @@ GPU_ROWS = 2048
 """Below about 1100 rows a tile, accumulating a float32 weight gradient is bound by memory bandwidth on an H100."""
 TILED_BELOW = 192
 """A GEMM over few rows is bound by reading the weight from memory, and it writes and reads logits besides. A kernel
-that keeps them in registers then wins, though its matrix products alone are slower: predicted below 170 rows on an H100."""
+that keeps them in registers then wins, though its products alone are slower: predicted below 170 rows on an H100."""
 
 
 @dataclass(frozen=True)
