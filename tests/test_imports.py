@@ -118,6 +118,7 @@ THIRD_PARTY = {
         "gguf",
         "huggingface_hub",
         "jsonargparse",
+        "liger_kernel",
         "math_verify",
         "matplotlib",
         "peft",

@@ -27,13 +27,14 @@ SCRIPT = Path(sys.executable).with_name("repo-ops")
 
 
 def started(folder: Path, until: int, number: int, **settings: object) -> subprocess.CompletedProcess[str]:
-    """The console script, which gets the signal `number` as soon as it has logged step `until`."""
+    """The console script, which gets the signal `number` as soon as it has logged step `until` and has a checkpoint."""
     command = [str(SCRIPT), *arguments(folder, **settings)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         deadline = time.monotonic() + 200
         metrics = folder / "metrics.jsonl"
         while process.poll() is None and time.monotonic() < deadline:
-            if metrics.exists() and f'{{"step": {until},' in metrics.read_text():
+            logged = metrics.exists() and f'{{"step": {until},' in metrics.read_text()
+            if logged and steps_of(folder / "checkpoints"):
                 process.send_signal(number)
                 break
             time.sleep(0.005)

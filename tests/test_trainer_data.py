@@ -242,3 +242,14 @@ def test_columns_that_the_trainer_fills_in_are_refused(tmp_path: Path) -> None:
     data = write(tmp_path / "train.jsonl", rows(completions=["x"] * 24))
     with pytest.raises(ValueError, match=r"^data: expected other columns than \['completions'\], which the trainer"):
         opened(data)
+
+
+def test_held_out_data_may_lack_the_answers(tmp_path: Path) -> None:
+    """What has no answer is refused by a reward that needs one, and is no obstacle to another."""
+    data = write(tmp_path / "train.jsonl", rows())
+    bare = write(tmp_path / "heldout.jsonl", [{"prompt": "r:abcd=", "level": 0}])
+    found = opened(data, [bare])
+    assert found.columns == ["level"]
+    task = found.task(tiny_tokenizer())
+    assert task.heldout[0].columns == {"level": 0}
+    assert set(task.train[0].columns) == {"answer", "level"}

@@ -382,7 +382,7 @@ def test_demo_trains_both_from_the_same_start_and_shows_them(tmp_path: Path, cap
     out = capsys.readouterr().out
     assert "GRPO" in out
     assert "RePO (variance)" in out
-    assert f"picture: {tmp_path / 'report.png'}" in out
+    assert f"picture and report: {tmp_path / 'report.png'}, {tmp_path / 'report.html'}" in out
     assert (tmp_path / "report.png").is_file()
     grpo, repo = read_metrics(tmp_path / "grpo"), read_metrics(tmp_path / "repo")
     assert grpo[0] == repo[0]
@@ -398,7 +398,8 @@ def test_dppo_topk_refuses_what_its_divergence_has_no_numbers_for(tmp_path: Path
 
 
 def test_dppo_topk_trains_on_the_likeliest_tokens_that_were_asked_for(tmp_path: Path, watched: Watched) -> None:
-    train(prepared(tmp_path, objective="dppo_topk", divergence_top_k=3, steps=1))
+    reward = reward_file(tmp_path, "[float(i % 2) for i in range(len(prompts))]")
+    train(prepared(tmp_path, objective="dppo_topk", divergence_top_k=3, steps=1, reward=reward))
     assert {len(ids) for s in watched.learned[0] for ids in s.top_ids} == {3}
     # sampler and learner compute the same float32 model
     assert read_metrics(tmp_path)[1]["divergence"] == pytest.approx(0, abs=1e-4)

@@ -2,8 +2,8 @@
 
 import json
 import os
-import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -65,9 +65,9 @@ def test_two_ranks_make_the_run_of_one(name: str, over_ranks: tuple[Path, list[s
 @pytest.mark.slow
 def test_torchrun_starts_a_run_from_the_repository_root(tmp_path: Path) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    script = shutil.which("repo-ops")
-    assert script is not None
-    command = ["torchrun", "--standalone", "--nproc_per_node", "2", script, *arguments(tmp_path, steps=1, replicas=2)]
+    scripts = Path(sys.executable).parent
+    launch = [scripts / "torchrun", "--standalone", "--nproc_per_node", "2", scripts / "repo-ops"]
+    command = [*map(str, launch), *arguments(tmp_path, steps=1, replicas=2)]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=290)
     assert done.returncode == 0, done.stderr[-4000:]
     assert "gradients reduced in float32) sharded over 2 ranks in 2 copies, no autocast" in done.stdout

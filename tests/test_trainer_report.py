@@ -9,7 +9,7 @@ from rich.console import Console
 
 from repo_ops.trainer.log import RunLog, read_metrics
 from repo_ops.trainer.report import draw_report
-from repo_ops.trainer.summary import summarize_run, summary_table
+from repo_ops.trainer.summary import summarize_run, summary_rows, summary_table
 
 
 def line(step: int, reward: float, **more: float) -> dict[str, float]:
@@ -105,3 +105,17 @@ def test_picture(tmp_path: Path, names: list[str]) -> None:
 def test_too_many_runs_for_colours_that_stay_apart(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="runs: expected 1 to 4, got 5"):
         draw_report({str(i): tmp_path for i in range(5)}, tmp_path / "report.png")
+
+
+def test_what_was_not_measured_at_an_end_is_left_out_of_the_summary() -> None:
+    """A reward that failed on every held-out prompt gives None; a resumed run may be told to evaluate more."""
+    first = {"step": 0, "eval/greedy_mean": None, "eval/sampled_mean": 0.5}
+    last = {"step": 2, "eval/greedy_mean": 0.75, "eval/sampled_mean": 0.5, "eval/pass@4": 1.0}
+    found = summarize_run([first, last])
+    assert found == {
+        "eval/sampled_mean before": 0.5,
+        "eval/greedy_mean after": 0.75,
+        "eval/sampled_mean after": 0.5,
+        "eval/pass@4 after": 1.0,
+    }
+    assert [row[1] for row in summary_rows({"": found})] == ["0.500", "0.500", "0.750"]

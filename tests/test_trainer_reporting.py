@@ -111,6 +111,7 @@ def test_errors_of_allocators_are_known(error: Exception) -> None:
 def test_other_errors_are_not_taken_for_them() -> None:
     assert not is_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
     assert not is_out_of_memory(ValueError("out of memory"))
+    assert not is_out_of_memory(RunFailed("engine: status 500: CUDA out of memory"))  # a server's, with its own words
 
 
 def test_out_of_memory_says_what_was_largest_and_what_helps(tmp_path: Path, monkeypatch) -> None:
@@ -173,6 +174,17 @@ def test_steps_that_are_not_finite_are_dumped_and_end_the_run(tmp_path: Path, mo
         torch.testing.assert_close(logps, sampler, rtol=0, atol=1e-4)  # the policy that sampled them, computed anew
     assert "first model.layers.1.mlp.down_proj.weight (128)" in dump["summary"]
     assert read_record(tmp_path)["ended"].startswith("stopped: 2 steps in a row")
+
+
+def test_a_dump_compares_log_probabilities_over_the_tokens_that_were_kept(tmp_path: Path) -> None:
+    settings = {"replay": None, "objective": "grpo", "top_k": 3, "temperature": 1.5, "nonfinite_limit": 1}
+    run = prepared(tmp_path, **settings)
+    broken_gradient(run)
+    with pytest.raises(RunFailed):
+        train(run, console=quiet())
+    dump = torch.load(tmp_path / "nonfinite" / "step_1.pt", weights_only=True)
+    for logps, sampler in zip(dump["logps"], dump["sampler_logps"], strict=True):
+        torch.testing.assert_close(logps, sampler, rtol=0, atol=1e-4)
 
 
 def test_the_count_begins_anew_after_a_good_step(tmp_path: Path) -> None:

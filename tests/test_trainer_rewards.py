@@ -200,6 +200,15 @@ def test_functions_get_what_they_have_parameters_for():
     assert seen["by_keyword"] == (TEXTS, [4, 5, 6], ["answer", "prompts"])
 
 
+def test_a_column_may_be_called_like_a_parameter_that_is_given_by_position():
+    def longer(question, text, *, answer):
+        return [float(t.endswith(a)) for _, t, a in zip(question, text, answer, strict=True)]
+
+    columns = {"question": ["1+1", "1+2"], "answer": ["2", "3"]}
+    found = score({"longer": (longer, 1.0)}, ["q: 1+1", "q: 1+2"], ["is 2", "is 4"], columns)
+    assert (found.totals, found.errors) == ([1.0, 0.0], {})
+
+
 def test_a_missing_column_is_refused_at_the_door():
     rewards = Rewards({"exact_match": (exact_match, 1.0)})
     rewards.check(["answer", "more"])

@@ -33,7 +33,7 @@ from repo_ops.trainer.rows import MicroBatch, deal, idle_batch, pack_rows
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["Learner", "ScoredSequence", "reads_top_logps"]
+__all__ = ["Learner", "ScoredSequence", "reads_top_logps", "support_ids"]
 
 TOP_LOGPS = frozenset({"topk_behaviour_logps", "topk_offsets"})
 """Extras that are made from the sampler's likeliest tokens."""
@@ -289,7 +289,7 @@ class Learner:
                 extras=self._extras(chosen, predicting, batch.targets[tokens]),
                 cu_seqlens=cu_seqlens,
                 temperature=self.temperature,
-                support_ids=_support_ids(chosen, hidden.device),
+                support_ids=support_ids(chosen, hidden.device),
                 **self.backbone.head.arguments(predicting),
                 **(self._replayed(chosen, num_items) if replayed else {"num_items": self._on_policy(num_items)}),
             )
@@ -357,7 +357,7 @@ class Learner:
             return None
         shared = reference is self.backbone
         off: AbstractContextManager[None] = without_lora(reference.model) if shared else nullcontext()
-        support = _support_ids(sequences, self.ranks.device)
+        support = support_ids(sequences, self.ranks.device)
         with off:
             return inside(reference.model, lambda: reference.logps(batch, self.temperature, support))
 
@@ -368,7 +368,7 @@ def count_items(sequences: Sequence[ScoredSequence]) -> NumItems:
     return NumItems.of(lengths, torch.tensor([s.off_policy for s in sequences], dtype=torch.bool))
 
 
-def _support_ids(sequences: Sequence[ScoredSequence], device: torch.device) -> Tensor | None:
+def support_ids(sequences: Sequence[ScoredSequence], device: torch.device) -> Tensor | None:
     """[N, K] what each token was drawn from, -1 for padding; None where that was the whole vocabulary."""
     rows = [kept for sequence in sequences for kept in sequence.kept_ids]
     if not rows:

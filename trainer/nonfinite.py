@@ -11,6 +11,7 @@ from torch import Tensor
 
 from repo_ops.trainer.distributed import inside
 from repo_ops.trainer.failed import RunFailed
+from repo_ops.trainer.learner import support_ids
 from repo_ops.trainer.rows import idle_batch
 
 if TYPE_CHECKING:
@@ -85,13 +86,14 @@ class NonfiniteGuard:
 
 @torch.no_grad()
 def current_logps(learner: Learner, mine: Sequence[ScoredSequence]) -> list[Tensor]:
-    """Log-probability of each token of this rank's sequences under the policy as it is, computed anew."""
+    """Log-probability of each token of this rank's sequences under the policy as it is, over what it was drawn from."""
     batches = learner.pack(mine)
     batches += [idle_batch()] * (learner.ranks.most(len(batches)) - len(batches))
     found = [torch.empty(0)] * len(mine)
     for batch in batches:
         here, backbone = batch.to(learner.ranks.device), learner.backbone
-        logps = inside(backbone.model, lambda: backbone.logps(here, temperature=learner.temperature))  # noqa: B023
+        kept = support_ids([mine[i] for i in batch.sequences], learner.ranks.device)
+        logps = inside(backbone.model, lambda: backbone.logps(here, learner.temperature, kept))  # noqa: B023
         ends = batch.cu_seqlens.tolist()
         for place, sequence in enumerate(batch.sequences):
             found[sequence] = logps[ends[place] : ends[place + 1]].cpu()

@@ -37,6 +37,8 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether an allocation failed, on a GPU or on the CPU."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
+    if isinstance(error, RunFailed):  # explained already, such as the memory of a server elsewhere
+        return False
     return isinstance(error, RuntimeError) and any(message in str(error).lower() for message in MESSAGES)
 
 

@@ -142,7 +142,7 @@ def model_card(run: Run, found: Mapping[str, float]) -> str:
         title=name.split("/")[-1],
         base=f"[{config.model}](https://huggingface.co/{config.model})" if is_hub_id else f"`{config.model}`",
         method=f"`{config.objective}`" + (f" and {config.replay} replay" if config.replay else ""),
-        task=config.task,
+        task=run.task.name,
         version=version("repo-ops"),
         steps=config.steps,
         prompts=config.prompts_per_step,

@@ -29,9 +29,9 @@ def summarize_run(lines: Sequence[Mapping[str, Any]], *, window: int = 5) -> dic
         ess = [line["off_policy/ess"] for line in steps if line.get("off_policy/ess") is not None]
         if ess:
             found["off_policy/ess"] = _mean(ess)
-    for name in sorted({name for line in evaluated for name in line if name.startswith("eval/")}):
-        found[f"{name} before"] = evaluated[0][name]
-        found[f"{name} after"] = evaluated[-1][name]
+    for when, line in zip(("before", "after"), (evaluated[:1], evaluated[-1:])):
+        # a mean over nothing is logged as None; a resumed run may evaluate other things than it began with
+        found |= {f"{k} {when}": v for each in line for k, v in each.items() if k.startswith("eval/") and v is not None}
     return found
 
 

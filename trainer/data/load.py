@@ -45,7 +45,7 @@ class DataTask:
         """What every row, to train on or held out, brings to the rewards beside its prompt."""
         tables = [*([self.train] if self.train is not None else []), *self.heldout.values()]
         shared = set.intersection(*(set(rows.column_names) for rows in tables)) - {self.prompt_column}
-        return sorted(shared | ({"answer"} if self.answer_column else set()))
+        return sorted(shared | ({"answer"} if self.answer_column in shared else set()))
 
     def task(self, tokenizer: PreTrainedTokenizerBase) -> Task:
         """The task, its prompts as this tokenizer's model reads them.
@@ -63,7 +63,8 @@ class DataTask:
         return Task(self.name, train, heldout, (), MAX_NEW_TOKENS, None, tuple(self.notes))
 
     def _examples(self, rows: Dataset, name: str, text: PromptText) -> Examples:
-        found = Examples(rows, text, prompt_column=self.prompt_column, answer_column=self.answer_column, source=name)
+        answer = self.answer_column if self.answer_column in rows.column_names else None
+        found = Examples(rows, text, prompt_column=self.prompt_column, answer_column=answer, source=name)
         text(rows[0][self.prompt_column])  # a template that is missing shows here, not in the middle of the run
         if self.max_prompt_tokens is None:
             return found

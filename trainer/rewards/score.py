@@ -116,9 +116,13 @@ class _Batch:
     def arguments(self, function: RewardFunction) -> tuple[list[Any], dict[str, Any]]:
         """Positional and keyword arguments, the way that the function's parameters ask for them."""
         given = {"prompts": self.prompts, "completions": self.completions, **self.columns}
-        if "completions" in inspect.signature(function).parameters:
+        parameters = inspect.signature(function).parameters
+        if "completions" in parameters:
             return [], {name: list(given[name]) for name in accepted_columns(function, list(given))}
-        columns = {name: list(given[name]) for name in accepted_columns(function, list(self.columns))}
+        # f(question, text) may be asked about data that have a column "question"
+        taken = [p.name for p in list(parameters.values())[:2] if p.kind is p.POSITIONAL_OR_KEYWORD]
+        names = accepted_columns(function, [name for name in self.columns if name not in taken])
+        columns = {name: list(given[name]) for name in names}
         return [self.prompts, self.completions], columns
 
 
