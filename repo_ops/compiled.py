@@ -366,7 +366,7 @@ def _loss_now(
 ) -> tuple[Tensor, ...]:
     from repo_ops.linear_policy_loss import evaluate, over_support
 
-    constants, tensors = _CALLS[call], [hidden, weight, *others[:3]]
+    constants, tensors, exact = _CALLS[call], [hidden, weight, *others[:3]], exact_dtype(hidden, weight)
     arguments: dict[str, Any] = dict(zip(GIVEN, given, strict=True))
     arguments |= {
         "extras": dict(zip(constants.extras, extras, strict=True)),
@@ -374,7 +374,12 @@ def _loss_now(
         "off_policy_coef": constants.off_policy_coef,
     }
     with _autograd():  # coefficients are derivatives of the objective
-        leaves = [None if t is None else t.detach().requires_grad_(need) for t, need in zip(tensors, needs)]
+        leaves = [None if t is None else t.detach() for t in tensors]
+        if (
+            others[5] is not None
+        ):  # by autograd, which would round the gradients of float16 leaves before a scaler comes
+            leaves = [None if t is None else t.to(_gradient_dtype(t, exact)) for t in leaves]
+        leaves = [None if t is None else t.requires_grad_(need) for t, need in zip(leaves, needs)]
         prepared = _prepared(constants, leaves, targets, others[3:5], arguments)
         if others[5] is None:
             with torch.no_grad():
@@ -472,7 +477,7 @@ def _seen(
     """Whether a call returns entropies, and the names of its metrics, found by one over a single token."""
     from repo_ops.linear_policy_loss import evaluate
 
-    constants, shape = _CALLS[call], (1,) * ndim
+    constants, shape = replace(_CALLS[call], options=Options()), (1,) * ndim  # here on the CPU, there perhaps not
     given: dict[str, Any] = {name: torch.ones(shape) if there else None for name, there in zip(GIVEN, present)}
     given["advantages"] = torch.ones(1)
     if given["off_policy"] is not None:

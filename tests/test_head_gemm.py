@@ -1,11 +1,14 @@
 """The three matrix products against float64, for every pair of dtypes, into memory that held NaN before."""
 
+import dataclasses
 import itertools
+import sys
 
 import pytest
 import torch
 from truth import relative_error
 
+from repo_ops import linear_policy_loss
 from repo_ops.head import gemm
 
 F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
@@ -94,3 +97,21 @@ def test_the_precision_of_other_products_is_left_alone():
     with pytest.raises(RuntimeError):
         gemm.logits_(torch.empty(ROWS, V), hidden[:, 1:], weight)
     assert matmul.fp32_precision == before
+
+
+def test_float16_dlogits_keep_what_small_probabilities_carry(monkeypatch):
+    # as on a GPU, where the gradient products have float16 operands: 1 / rows times p is below their smallest numbers
+    module = sys.modules["repo_ops.linear_policy_loss"]
+    make_plan = module.make_plan
+    on_gpu = {"gradient_dtype": torch.float16}
+    monkeypatch.setattr(module, "make_plan", lambda *arguments: dataclasses.replace(make_plan(*arguments), **on_gpu))
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(1, 256, 16).half().requires_grad_(), (0.1 * torch.randn(5003, 16)).half()
+    targets, weight = torch.randint(0, 5003, (1, 256)), weight.requires_grad_()
+    loss = linear_policy_loss(hidden, weight, targets, torch.ones(1)).loss
+    scale = 2.0**12  # of a gradient scaler
+    found = torch.autograd.grad(loss * scale, [hidden, weight])
+    wide = [t.detach().double().requires_grad_() for t in (hidden, weight)]
+    logps = (wide[0] @ wide[1].T).log_softmax(-1).gather(-1, targets[..., None])
+    for ours, truth in zip(found, torch.autograd.grad(-scale * logps.mean(), wide)):
+        assert (ours.double() - truth).norm() <= 2e-3 * truth.norm()

@@ -99,7 +99,6 @@ def test_settings_that_cannot_be_had_are_refused(settings: dict[str, object], me
 def test_a_rank_by_itself_asks_nobody() -> None:
     ranks = Ranks()
     assert (ranks.is_first, ranks.group, ranks.keeps("anything")) == (True, None, True)
-    assert ranks.spread(lambda items: [2 * item for item in items], [1, 2, 3]) == [2, 4, 6]
     metrics = {"replay/size": 4.0, "replay/age_steps_mean": 2.0, "replay/age_steps_p95": 3.0}
     assert ranks.buffer_metrics(metrics) == metrics
 

@@ -39,7 +39,6 @@ __all__ = [
 ]
 
 T = TypeVar("T")
-Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -76,10 +75,6 @@ class Ranks:
         found: list[Any] = [None] * self.size
         dist.all_gather_object(found, value)
         return found
-
-    def spread(self, function: Callable[[Sequence[T]], Sequence[Result]], items: Sequence[T]) -> list[Result]:
-        """function(items), of which each rank computes its slice: one result an item, on all ranks."""
-        return [result for part in self.gather(function(self.slice(items))) for result in part]
 
     def from_first(self, function: Callable[[], T]) -> T:
         """What `function` returns on the first rank, which alone calls it; raises on all ranks if it raised there."""

@@ -98,7 +98,12 @@ def publish(run: Run, found: Mapping[str, float]) -> None:
         save_config(own, draft / "training.yaml")
         if folder.exists():
             folder.rename(old)
-        draft.rename(folder)
+        try:
+            draft.rename(folder)
+        except OSError:
+            if old.exists():
+                old.rename(folder)
+            raise
     finally:
         if ranks.is_first:
             for left_over in (draft, old):

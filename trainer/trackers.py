@@ -17,8 +17,6 @@ KNOWN_AS = {
     "reward/mean": "reward",
     "reward/std": "reward_std",
     "lr": "learning_rate",
-    "clip_low": "clip_ratio/low_mean",
-    "clip_high": "clip_ratio/high_mean",
     "sampler_ratio": "sampling/importance_sampling_ratio/mean",
     "sampler_gap_abs": "sampling/sampling_logp_difference/mean",
 }

@@ -72,13 +72,15 @@ def make_plan(head: HeadInputs, options: Options) -> Plan:
     row_bytes = vocab_size * tile_dtype.itemsize
     # beside its logits a row holds its gathered hidden state, a scaled copy of it and its gradient
     row_bytes += 3 * weight.shape[1] * head.exact_dtype.itemsize
-    budget, fixed = options.memory_budget, 0
+    budget, fixed, backend = options.memory_budget, 0, choose_backend(hidden, options, tile_dtype)
     if hidden.device.type == "cpu":
         budget = CPU_BUDGET if budget is None else budget
         # temporaries of the row arithmetic, a block of rows each: logarithms, and a softcap's slope in three steps
         blocks = 1 + (3 if head.softcap is not None else 0) + 1
         fixed = blocks * max(BLOCK_BYTES, 4 * vocab_size * tile_dtype.itemsize)
         fixed += SLICE_BYTES if weight.dtype != tile_dtype else 0
+    elif backend == "torch":  # whose blocks of rows are whole tiles there
+        row_bytes += (3 if head.softcap is None else 5) * vocab_size * tile_dtype.itemsize
     rows = GPU_ROWS if budget is None else (budget - fixed) // row_bytes
     if rows < 1:
         raise ValueError(
@@ -88,7 +90,6 @@ def make_plan(head: HeadInputs, options: Options) -> Plan:
     gradient_dtype = torch.promote_types(hidden.dtype, weight.dtype)
     if hidden.device.type == "cpu" and not (gradient_dtype == torch.bfloat16 and tile_dtype == torch.float32):
         gradient_dtype = tile_dtype
-    backend = choose_backend(hidden, options, tile_dtype)
     tiles = backend == "triton" and rows < min(TILED_BELOW, head.num_rows) and not triton_rows.why_not_tiled(head)
     return Plan(rows, tile_dtype, gradient_dtype, backend, tiles)
 
