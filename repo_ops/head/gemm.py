@@ -93,7 +93,7 @@ def _vendor_writes(dtype: torch.dtype, left: Tensor, right: Tensor) -> bool:
     """Whether one vendor GEMM multiplies these 16-bit operands and writes float32, the only `dtype` it offers."""
     sixteen_bits = left.dtype == right.dtype and left.dtype in (torch.bfloat16, torch.float16)
     # torch 2.8 and 2.9 have out_dtype and refuse a float32 addend to 16-bit operands (pytorch/pytorch#167931)
-    return left.is_cuda and sixteen_bits and dtype == torch.float32 and torch.__version__ >= (2, 10)
+    return left.is_cuda and sixteen_bits and dtype == torch.float32 and torch.__version__ >= "2.10"
 
 
 def _slices(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
