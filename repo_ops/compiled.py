@@ -1,4 +1,4 @@
-"""The fused head under torch.compile: four operators that a graph holds as they are, so that fullgraph=True passes.
+"""The fused head under torch.compile: three operators that a graph holds as they are, so that fullgraph=True passes.
 
 A compiled function cannot look into the sweep (masks give shapes that depend on data, objectives are Python). So while
 Dynamo traces, the public functions build calls of `torch.ops.repo_ops.*` instead, whose implementations are the eager
@@ -375,9 +375,8 @@ def _loss_now(
     }
     with _autograd():  # coefficients are derivatives of the objective
         leaves = [None if t is None else t.detach() for t in tensors]
-        if (
-            others[5] is not None
-        ):  # by autograd, which would round the gradients of float16 leaves before a scaler comes
+        if others[5] is not None:
+            # by autograd, which would round the gradients of float16 leaves before a gradient scaler multiplies them
             leaves = [None if t is None else t.to(_gradient_dtype(t, exact)) for t in leaves]
         leaves = [None if t is None else t.requires_grad_(need) for t, need in zip(leaves, needs)]
         prepared = _prepared(constants, leaves, targets, others[3:5], arguments)
@@ -393,7 +392,10 @@ def _loss_now(
     entropy = hidden.new_empty(0, dtype=found.logps.dtype) if found.entropy is None else found.entropy.clone()
     sums = [torch.stack([part.to(torch.float32) for part in stat]) for stat in found.metrics.values()]
     if len(sums) != num_metrics:
-        raise RuntimeError(f"objective: expected {num_metrics} metrics as while tracing, got {len(sums)}")
+        raise RuntimeError(
+            f"objective: expected the {num_metrics} metrics that it had while tracing, got {len(sums)}; their names may "
+            "not depend on values"
+        )
     shaped = _shaped(grads, tensors, needs)
     return (found.loss.detach().clone(), found.logps.clone(), entropy, torch.stack(sums), *shaped)
 
@@ -442,7 +444,7 @@ def _loss_shapes(
     assert constants.objective is not None
     has_entropy = "entropy" in constants.objective.reads
     grads = [
-        hidden.new_empty(t.shape if need else 0, dtype=_gradient_dtype(t, exact))
+        hidden.new_empty(t.shape if need else 0, dtype=_gradient_dtype(t, exact) if need else t.dtype)
         if t is not None
         else hidden.new_empty(0)
         for t, need in zip([hidden, weight, *others[:3]], needs, strict=True)

@@ -164,3 +164,18 @@ def test_what_a_graph_cannot_hold_is_refused(tensors):
 
     with pytest.raises(Exception, match=r"accumulate_weight_grad: expected False under torch\.compile"):
         compiled(step)(tensors)
+
+
+@pytest.mark.parametrize("support", [False, True])
+def test_float16_with_a_frozen_head_through_inductor(support):
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(1, 4, D).half().requires_grad_(), torch.randn(V, D).half()
+    targets, advantages = torch.randint(0, V, (1, 4)), torch.ones(1)
+    ids = torch.stack([torch.randperm(V)[:6] for _ in range(4)])[None] if support else None
+
+    def step(t, targets):
+        out = linear_policy_loss(t["hidden"] * 1.0, weight, targets, advantages, support_ids=ids)
+        return [out.loss * 2.0, out.logps]
+
+    results = agree(step, {"hidden": hidden}, targets, backend="inductor")
+    assert results[-1].dtype == torch.float16
