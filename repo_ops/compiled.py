@@ -393,8 +393,8 @@ def _loss_now(
     sums = [torch.stack([part.to(torch.float32) for part in stat]) for stat in found.metrics.values()]
     if len(sums) != num_metrics:
         raise RuntimeError(
-            f"objective: expected the {num_metrics} metrics that it had while tracing, got {len(sums)}; their names may "
-            "not depend on values"
+            f"objective: expected the {num_metrics} metrics that it had while tracing, got {len(sums)}; "
+            "their names may not depend on values"
         )
     shaped = _shaped(grads, tensors, needs)
     return (found.loss.detach().clone(), found.logps.clone(), entropy, torch.stack(sums), *shaped)
