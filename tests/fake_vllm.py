@@ -48,8 +48,9 @@ class FakeVLLM(ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 64
 
-    def __init__(self, model: Any, tokenizer: Any, **settings: Any) -> None:
+    def __init__(self, model: Any, tokenizer: Any, token: str | None = None, **settings: Any) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
+        self.token = token
         self.worker = Worker(model.requires_grad_(False), **settings)
         self.model, self.tokenizer = model, tokenizer
         self.faults: dict[str, Callable[[_Handler, Any, Any], None]] = {}
@@ -73,6 +74,8 @@ class FakeVLLM(ThreadingHTTPServer):
             super().handle_error(request, client_address)  # anything but a client that hung up
 
     def answer(self, path: str, body: Any) -> Any:
+        if path == "/version":
+            return {"version": "0.32.0"}
         if path == "/v1/models":
             return {"object": "list", "data": [{"id": "policy"}]}
         if path == "/collective_rpc":
@@ -141,7 +144,10 @@ class _Handler(BaseHTTPRequestHandler):
     def _respond(self, body: Any) -> None:
         self.server.requests.append((self.path, body))
         fault = self.server.faults.get(self.path)
-        if fault is not None:
+        # as vLLM does: other paths are open to everybody
+        if self.server.token and "/v1/" in self.path and self.headers["Authorization"] != f"Bearer {self.server.token}":
+            self.send({"error": "Unauthorized"}, 401)
+        elif fault is not None:
             fault(self, body, lambda: self.server.answer(self.path, body))
         else:
             self.send(self.server.answer(self.path, body))

@@ -1,6 +1,7 @@
 """The engine behind HTTP, with a server on localhost: what it samples, what it is sent, and every way it can fail."""
 
 import copy
+import fcntl
 import socket
 import threading
 import time
@@ -9,7 +10,7 @@ from itertools import chain
 
 import pytest
 import torch
-from fake_vllm import FakeVLLM
+from fake_vllm import FakeVLLM, Worker
 from tiny_runs import TINY, no_pictures  # noqa: F401 - a fixture that takes effect by being here
 
 from repo_ops.trainer.config import TrainConfig
@@ -129,7 +130,8 @@ def test_new_weights_are_what_it_samples_from(engine, server, tmp_path):
     assert list(tmp_path.iterdir()) == []  # no copy of the weights is left behind
     calls = [body["method"] if path == "/collective_rpc" else path for path, body in server.requests]
     # the cache is forgotten after the weights came, before anything is sampled
-    assert calls[-7:-4] == ["repo_ops_load_folder", "/reset_prefix_cache", "repo_ops_digests"]
+    assert calls[-8:-5] == ["repo_ops_load_folder", "/reset_prefix_cache", "repo_ops_digests"]
+    assert calls[-1] == "repo_ops_held"
 
 
 def test_generate_before_sync_is_refused(tiny, server, tmp_path):
@@ -291,13 +293,60 @@ def test_a_server_without_the_extension_is_told_how_to_start(tiny, server, tmp_p
     [
         ({"top_p": 0.9}, "^top_p: expected 1.0, or a top_k beside it"),
         ({"greedy": True}, "^temperature: expected 1.0"),
-        ({"max_new_tokens": 60}, "^max_new_tokens: expected at most 53 beside a prompt of 11 tokens, got 60"),
         ({"num_samples": 0}, "^num_samples: expected"),
     ],
 )
 def test_what_cannot_be_exact_is_refused(engine, change, sentence):
     with pytest.raises(ValueError, match=sentence):
         engine.generate(PROMPTS, **{**SETTINGS, **change})
+
+
+def test_a_prompt_without_room_is_found_before_the_first_step(engine, server, tmp_path):
+    sentence = r"at most 14 tokens beside max_new_tokens = 50, got one of 15.*max_model_len = 64.*--max_prompt_tokens"
+    engine.check_prompts(["r:abcdefghijkl"], max_new_tokens=50)
+    with pytest.raises(EngineError, match=sentence):
+        engine.check_prompts(["r:a=", "r:abcdefghijklm"], max_new_tokens=50)
+    with pytest.raises(EngineError, match=sentence):
+        engine.generate(["r:abcdefghijklm"], **{**SETTINGS, "max_new_tokens": 50})
+    settings = {**TINY, "output_dir": str(tmp_path), "engine": "vllm_server", "max_new_tokens": 63}
+    with pytest.raises(EngineError, match="at most 1 tokens beside max_new_tokens = 63"):
+        prepare(TrainConfig(**settings, engine_args={"url": server.url, "retries": 0}))
+
+
+@pytest.mark.parametrize("reason", ["started again", "another run"])
+def test_weights_of_others_are_noticed(engine, server, tiny, tmp_path, reason):
+    """Nothing else would tell: the server answers, with the log-probabilities of what it holds."""
+    assert engine.generate(PROMPTS, **SETTINGS)
+    if reason == "started again":
+        server.worker = Worker(server.model)
+    else:
+        VLLMServer(*tiny, settings=settings(server, tmp_path)).sync(3)
+    with pytest.raises(EngineError, match="no longer holds the weights that it was sent after step 0; it was started"):
+        engine.generate(PROMPTS, **SETTINGS)
+    engine.sync(1)
+    assert engine.generate(PROMPTS, **SETTINGS)
+
+
+def test_weights_of_a_killed_run_are_removed(tiny, server, tmp_path):
+    for name in ("killed", "alive"):
+        (tmp_path / f"repo-ops-weights-{name}").mkdir()
+        (tmp_path / f"repo-ops-weights-{name}" / "00000.safetensors").touch()
+    (tmp_path / "repo-ops-weights-killed" / "lock").touch()
+    with (tmp_path / "repo-ops-weights-alive" / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        VLLMServer(*tiny, settings=settings(server, tmp_path))
+        assert [folder.name for folder in tmp_path.iterdir()] == ["repo-ops-weights-alive"]
+
+
+def test_a_server_with_a_key(tiny, tmp_path, monkeypatch):
+    monkeypatch.delenv("VLLM_API_KEY", raising=False)
+    with FakeVLLM(copy.deepcopy(tiny[0]), tiny[1], token="open sesame") as server:
+        with pytest.raises(EngineError, match=r"status 401: Unauthorized; set VLLM_API_KEY to the server's key"):
+            VLLMServer(*tiny, settings=settings(server, tmp_path))
+        monkeypatch.setenv("VLLM_API_KEY", "open sesame")
+        engine = VLLMServer(*tiny, settings=settings(server, tmp_path))
+        engine.sync(0)
+        assert gap(engine, engine.generate(PROMPTS, **SETTINGS), 0.7) < 1e-5
 
 
 def test_a_folder_that_cannot_be_written(engine):
@@ -317,7 +366,10 @@ def test_training_with_a_server(tiny, tmp_path):
         config = TrainConfig(
             **{**TINY, "steps": 2, "lr": 1e-2, "reward": "prefix_match", "engine": "vllm_server", **where}
         )
-        train(prepare(config))
+        run = prepare(config)
+        train(run)
+    sampler = f"completions from vLLM 0.32.0 at {server.url}, in float32, max_model_len 64"
+    assert f"{sampler}; the learner computes its layers in float32" in run.notes
     steps = [row for row in read_metrics(tmp_path / "run") if row["step"]]
     assert len(steps) == 2
     assert all(row["grad_norm"] > 0 for row in steps)  # the weights moved, and moved on the server
@@ -336,7 +388,8 @@ def test_a_run_whose_server_dies_keeps_what_it_learned(tmp_path, path):
 
     def dies(handler, body, answer):
         steps = sum(p == "/v1/completions" for p, _ in server.requests) / common["prompts_per_step"]
-        if (path == "/v1/completions" and steps > 1) or (path == "/collective_rpc" and steps == 1):
+        sends = path == "/collective_rpc" and body["method"] == "repo_ops_load_folder"
+        if (path == "/v1/completions" and steps > 1) or (sends and steps == 1):
             return handler.hang_up()
         return handler.send(answer())
 

@@ -35,6 +35,7 @@ def test_what_ranks_do_together_holds_on_all(over_ranks: tuple[Path, list[str]])
         "check parameters are split again",
         "check a rank without a prompt",
         "check one rank stops all",
+        "check a prompt that one rank refuses is heard of on all",
         "check a mistake on the first rank is heard on all",
     ]
 

@@ -69,6 +69,14 @@ def main():
         stopped = True
     say("one rank stops all", stopped)
 
+    run.engine.should_stop = lambda: False
+    try:
+        run.engine.generate([prompts[0], ""], **sampling)  # the second rank's
+        heard = False
+    except ValueError as error:
+        heard = "expected at least one token" in str(error)
+    say("a prompt that one rank refuses is heard of on all", heard)
+
     def mistake():
         assert ranks.is_first
         raise ValueError("a mistake in the reward")

@@ -62,6 +62,13 @@ class Run:
         """Steps that were made before; None: the run is new."""
         return None if self.resumed is None else self.resumed.step
 
+    @property
+    def last_logged(self) -> int | None:
+        """The last of them whose line is in the log; a step may have been cut off before it was written."""
+        if self.resumed is None:
+            return None
+        return self.resumed.step - (self.resumed.manifest["unfinished"] is not None)
+
     def describe(self) -> str:
         """One line about what is trained, dtypes included: bfloat16 weights are a common silent mistake."""
         config, ranks = self.config, self.learner.ranks
@@ -150,6 +157,10 @@ def prepare(config: TrainConfig) -> Run:
     )
     if ranks.size > 1:
         engine = OverRanks(engine, ranks, samples_from=model if config.engine == "hf" else None)
+    # of a large data set the first prompts stand for all; generation would refuse a longer one, too
+    engine.check_prompts([e.prompt for e in (*task.heldout, *task.train[:1000])], max_new_tokens=max_new_tokens)
+    layers = "bfloat16" if config.autocast else config.dtype
+    notes.append(f"completions from {engine.describe()}; the learner computes its layers in {layers}")
     run = Run(config, folder, task, rewards, max_new_tokens, model, tokenizer, engine, learner, buffer, prompts)
     run.resumed, run.notes = checkpoint, notes
     if checkpoint is not None:
@@ -158,6 +169,11 @@ def prepare(config: TrainConfig) -> Run:
 
 
 def _check_ranks(config: TrainConfig, ranks: Ranks) -> None:
+    if config.engine == "vllm" and ranks.size > 1:
+        raise ValueError(
+            f"engine: expected hf or vllm_server with {ranks.size} ranks, got vllm, which lives in one process; start "
+            "a server for all of them (docs/scaling.md)"
+        )
     if ranks.size % config.replicas:
         raise ValueError(f"replicas: expected a divisor of the {ranks.size} ranks, got {config.replicas}")
     if config.cpu_offload and ranks.size == 1:

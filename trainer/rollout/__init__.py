@@ -50,6 +50,14 @@ class RolloutEngine(Protocol):
     should_stop: Callable[[], bool]
     """Asked again and again while `generate` runs; once it is true, `generate` raises GenerationStopped."""
 
+    def describe(self) -> str:
+        """What samples, in which version, dtype and limits: "vLLM 0.32.0 in this process, in bfloat16, ..."."""
+        ...
+
+    def check_prompts(self, prompts: Sequence[str], *, max_new_tokens: int) -> None:
+        """Raises EngineError where the engine has no room for one of them and a completion."""
+        ...
+
     def generate(
         self,
         prompts: list[str],

@@ -64,6 +64,16 @@ class HFGenerate:
         self.should_stop: Callable[[], bool] = never
         self._stop_ids = stop_token_ids(model, tokenizer, self.stop)
 
+    def describe(self) -> str:
+        """What samples, and in which dtype."""
+        import transformers
+
+        dtype = str(self.autocast_dtype or self.model.dtype).removeprefix("torch.")
+        return f"transformers {transformers.__version__}, with the model that learns, in {dtype}"
+
+    def check_prompts(self, prompts: Sequence[str], *, max_new_tokens: int) -> None:
+        """Nothing to check: there is room for prompts of any length, as far as memory goes."""
+
     def sync(self, version: int) -> None:
         """Notes the version: the weights are shared, so they are the policy's already."""
         self.version = version

@@ -127,8 +127,8 @@ class JsonClient:
             if connection.sock is None:
                 raise ServerGone(f"{where}: no connection within {CONNECT_SECONDS:.0f} s; is the host up?") from error
             raise ServerSlow(
-                f"{where}: no answer within {timeout:g} s; the server is too slow or hangs, see its log, or raise the "
-                "time-out"
+                f"{where}: no answer within {timeout:g} s; the server is too slow or hangs, see its log, or raise "
+                "engine_args.timeout (for weights sync_timeout)"
             ) from error
         except (OSError, http.client.HTTPException) as error:
             reason = str(error) or type(error).__name__

@@ -47,10 +47,6 @@ def load_engine(
         return VLLMServer(model, tokenizer, stop, settings=ServerSettings(**arguments), ranks=ranks)
     if engine != "vllm":
         raise ValueError(f"engine: expected hf, vllm or vllm_server, got {engine!r}")
-    if ranks is not None and ranks.size > 1:
-        raise ValueError(
-            f"engine: expected hf or vllm_server with {ranks.size} ranks, got vllm; start a server for all of them"
-        )
     from repo_ops.trainer.rollout.vllm_local import VLLMInProcess
 
     dtype = str(autocast or model.dtype).removeprefix("torch.")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +38,14 @@ class OverRanks:
     def should_stop(self, ask: Callable[[], bool]) -> None:
         self.engine.should_stop = ask
 
+    def describe(self) -> str:
+        """What samples on each of the ranks."""
+        return self.engine.describe()
+
+    def check_prompts(self, prompts: Sequence[str], *, max_new_tokens: int) -> None:
+        """As of the engine; every rank looks at all of them, so all raise alike."""
+        self.engine.check_prompts(prompts, max_new_tokens=max_new_tokens)
+
     def sync(self, version: int) -> None:
         """Every rank's engine gets the policy of step `version`."""
         self.engine.sync(version)
@@ -47,23 +55,23 @@ class OverRanks:
 
         Raises:
             GenerationStopped: on all ranks, where `should_stop` came true on any.
-            EngineError: on all ranks, where an engine failed on any.
+            EngineError, ValueError: on all ranks, where an engine failed on any, or refused what it was asked for.
         """
         found: list[list[Completion]] | None = None
         gathered: AbstractContextManager[None] = (
             nullcontext() if self.samples_from is None else whole(self.samples_from)
         )
-        failed = ""
+        failed: Exception | None = None
         with gathered:  # whatever happens here, the others wait for this rank
             try:
                 found = self.engine.generate(list(self.ranks.slice(prompts)), **sampling)
             except GenerationStopped:
                 pass
-            except EngineError as error:
-                failed = str(error)
+            except (EngineError, ValueError) as error:
+                failed = error
         for error_of_rank in self.ranks.gather(failed):
-            if error_of_rank:
-                raise EngineError(error_of_rank)
+            if error_of_rank is not None:
+                raise error_of_rank
         parts = self.ranks.gather(found)
         if any(part is None for part in parts):
             raise GenerationStopped

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -96,14 +96,15 @@ class Answers:
         greedy: bool,
         top_logps: int,
         seed: int,
-        limits: dict[str, Any],
+        limits: Mapping[str, Any],
     ) -> Request:
         """The request, its prompts as token ids, with a seed for each.
 
         Args:
             limits: `repo_ops_settings` of the workers.
         Raises:
-            ValueError: a setting out of range, or one that vLLM cannot report exactly; a prompt that is too long.
+            ValueError: a setting out of range, or one that vLLM cannot report exactly.
+            EngineError: a prompt that is too long.
         """
         check_sampling(num_samples, max_new_tokens, temperature, top_k, top_p)
         if not 0 <= top_logps <= self.num_tokens:
@@ -118,13 +119,7 @@ class Answers:
                 f"temperature: expected 1.0 without top_k or top_p where greedy, got {temperature}; vLLM reports "
                 "greedy tokens under the plain softmax"
             )
-        encoded = encode_prompts(self.tokenizer, prompts)
-        longest, room = max(map(len, encoded), default=0), limits["max_model_len"] - max_new_tokens
-        if longest > room:
-            raise ValueError(
-                f"max_new_tokens: expected at most {limits['max_model_len'] - longest} beside a prompt of {longest} "
-                f"tokens, got {max_new_tokens}; vLLM runs with max_model_len = {limits['max_model_len']}"
-            )
+        encoded = self.encode(prompts, max_new_tokens, limits)
         # 2^62: adding the number of a sample stays within 64 bits
         seeds = prompt_seeds(prompts, seed)
         request = Request(encoded, seeds, num_samples, max_new_tokens, temperature, top_k, top_p, greedy, top_logps)
@@ -134,6 +129,22 @@ class Answers:
                 f"got {limits['max_logprobs']}; start it with --max-logprobs {request.likely}"
             )
         return request
+
+    def encode(self, prompts: Sequence[str], max_new_tokens: int, limits: Mapping[str, Any]) -> list[list[int]]:
+        """Token ids of the prompts.
+
+        Raises:
+            EngineError: vLLM has no room for one of them and a completion; it would refuse the request.
+        """
+        encoded = encode_prompts(self.tokenizer, prompts)
+        longest, room = max(map(len, encoded), default=0), limits["max_model_len"] - max_new_tokens
+        if longest > room:
+            raise EngineError(
+                f"engine: expected prompts of at most {room} tokens beside max_new_tokens = {max_new_tokens}, got one "
+                f"of {longest}; vLLM runs with max_model_len = {limits['max_model_len']}: start it with more, or leave "
+                "longer prompts out with --max_prompt_tokens"
+            )
+        return encoded
 
     def group(self, request: Request, samples: Sequence[Sequence[Drawn]]) -> list[Completion]:
         """The completions of one prompt.
@@ -189,6 +200,11 @@ def check_settings(settings: Sequence[dict[str, Any]], vocab_size: int, remedy: 
     if found["vocab_size"] != vocab_size:
         raise EngineError(f"engine: expected a vocabulary of {vocab_size}, got {found['vocab_size']}: another model")
     return found
+
+
+def in_words(limits: Mapping[str, Any]) -> str:
+    """Dtype and room of a vLLM, from its `repo_ops_settings`."""
+    return f"in {limits['dtype']}, max_model_len {limits['max_model_len']}"
 
 
 def _ranked(token: Drawn) -> list[tuple[int, float]]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from repo_ops.trainer.rollout import Completion, EngineError, GenerationStopped, never
 from repo_ops.trainer.rollout.engine_args import check_engine_args, require_known
-from repo_ops.trainer.rollout.vllm_answer import Answers, Drawn, Request, check_settings
+from repo_ops.trainer.rollout.vllm_answer import Answers, Drawn, Request, check_settings, in_words
 from repo_ops.trainer.rollout.weights import Digest, compare_weights, full_weights
 
 if TYPE_CHECKING:
@@ -54,6 +54,16 @@ class VLLMInProcess:
         self._answers = Answers(model, tokenizer, stop)
         self._llm = _start({"gpu_memory_utilization": 0.3, "dtype": dtype, **llm_args}, source)
         self._limits = check_settings(self._rpc("repo_ops_settings"), self._answers.num_tokens, "")
+
+    def describe(self) -> str:
+        """What samples: version, dtype, room."""
+        import vllm
+
+        return f"vLLM {vllm.__version__} in this process, {in_words(self._limits)}"
+
+    def check_prompts(self, prompts: Sequence[str], *, max_new_tokens: int) -> None:
+        """Raises EngineError where one of them is too long to be completed."""
+        self._answers.encode(prompts, max_new_tokens, self._limits)
 
     def sync(self, version: int) -> None:
         """Hands the policy's weights over, forgets the prefixes that older ones computed, and compares both sides.
@@ -146,7 +156,8 @@ class VLLMInProcess:
 def _start(llm_args: dict[str, Any], source: str) -> Any:
     check_engine_args("vllm", llm_args)
     # this process is the engine: weights are handed over by reference, and requests run in the order they came
-    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    if os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0") != "0":
+        raise ValueError("VLLM_ENABLE_V1_MULTIPROCESSING: expected 0 with engine vllm, got another value; unset it")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     try:
         import vllm

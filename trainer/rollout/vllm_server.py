@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -16,7 +18,7 @@ from repo_ops.trainer.distributed import Ranks
 from repo_ops.trainer.rollout import Completion, EngineError, never
 from repo_ops.trainer.rollout.engine_args import ServerSettings
 from repo_ops.trainer.rollout.json_client import JsonClient, ServerRefused
-from repo_ops.trainer.rollout.vllm_answer import Answers, Drawn, Request, check_settings
+from repo_ops.trainer.rollout.vllm_answer import Answers, Drawn, Request, check_settings, in_words
 from repo_ops.trainer.rollout.vllm_local import EXTENSION
 from repo_ops.trainer.rollout.weights import Digest, compare_weights, full_weights
 
@@ -28,6 +30,7 @@ START = (
     f"--worker-extension-cls {EXTENSION}, and repo-ops installed beside it"
 )
 FILE_BYTES = 2 * 1024**3
+FOLDER, LOCK = "repo-ops-weights-", "lock"
 
 
 class VLLMServer:
@@ -65,7 +68,20 @@ class VLLMServer:
             connections=settings.connections,
         )
         self._name = self._model_name()
-        self._limits = check_settings(self._rpc("repo_ops_settings"), self._answers.num_tokens, f"Stop it and {START}")
+        found = self._rpc("repo_ops_settings", timeout=settings.timeout)
+        self._limits = check_settings(found, self._answers.num_tokens, f"Stop it and {START}")
+        self._held = ""
+        if self.ranks.is_first:
+            remove_left_behind(settings.folder)
+
+    def describe(self) -> str:
+        """What samples: version, address, dtype, room."""
+        version = self._client.get("/version", timeout=self.settings.timeout)["version"]
+        return f"vLLM {version} at {self.settings.url}, {in_words(self._limits)}"
+
+    def check_prompts(self, prompts: Sequence[str], *, max_new_tokens: int) -> None:
+        """Raises EngineError where one of them is too long to be completed."""
+        self._answers.encode(prompts, max_new_tokens, self._limits)
 
     def sync(self, version: int) -> None:
         """Gathers the policy's weights on all ranks; the first sends them and compares both sides.
@@ -78,13 +94,14 @@ class VLLMServer:
             for name, weight in full_weights(self.model):
                 if outbox is not None:
                     outbox.add(name, weight.to(getattr(torch, self._limits["dtype"])))
-            self.ranks.from_first(lambda: self._send(outbox))
+            self._held = self.ranks.from_first(lambda: self._send(outbox))
         finally:
             if outbox is not None:
                 outbox.remove()
         self.version = version
 
-    def _send(self, outbox: _Outbox | None) -> None:
+    def _send(self, outbox: _Outbox | None) -> str:
+        """The folder that the server read them from: no other weights come under its name."""
         assert outbox is not None
         folder = outbox.close()
         for read in self._rpc("repo_ops_load_folder", str(folder), timeout=self.settings.sync_timeout):
@@ -93,6 +110,7 @@ class VLLMServer:
         if answer is not None and not answer.get("success", True):
             raise EngineError("engine: the server did not reset its prefix cache; does somebody else use it too?")
         compare_weights(outbox.sent, self._rpc("repo_ops_digests", timeout=self.settings.sync_timeout))
+        return str(folder)
 
     def generate(
         self,
@@ -113,7 +131,8 @@ class VLLMServer:
 
         Raises:
             ValueError: an argument out of range, top_p without top_k, or greedy at another temperature than 1.
-            EngineError: `sync` was not called yet, the server is gone or too slow, or answers what was not asked for.
+            EngineError: `sync` was not called yet; the server is gone or too slow, answers what was not asked for, or
+                holds other weights than those of the last `sync`.
             GenerationStopped: `should_stop` came true.
         """
         if self.version is None:
@@ -135,7 +154,19 @@ class VLLMServer:
         found = self._client.post_all(
             "/v1/completions", self._bodies(request), timeout=self.settings.timeout, should_stop=self.should_stop
         )
+        self._check_held()
         return [self._answers.group(request, _samples(answer)) for answer in found]
+
+    def _check_held(self) -> None:
+        """Raises EngineError where the server was given other weights than by `sync`, or lost them.
+
+        A server that is started again answers with the weights it was started with, and nothing else would tell.
+        """
+        if any(held != self._held for held in self._rpc("repo_ops_held", timeout=self.settings.timeout)):
+            raise EngineError(
+                f"engine: the server at {self.settings.url} no longer holds the weights that it was sent after step "
+                f"{self.version}; it was started again, or another run sends it weights, too: each needs its own"
+            )
 
     def _bodies(self, request: Request) -> list[dict[str, Any]]:
         common = {
@@ -148,13 +179,18 @@ class VLLMServer:
         return [{**common, "prompt": ids, "seed": seed} for ids, seed in zip(request.prompts, request.seeds)]
 
     def _model_name(self) -> str:
-        answer = self._client.get("/v1/models", timeout=self.settings.timeout)
+        try:
+            answer = self._client.get("/v1/models", timeout=self.settings.timeout)
+        except ServerRefused as error:
+            if error.status == 401:
+                raise EngineError(f"{error}; set VLLM_API_KEY to the server's key") from error
+            raise
         try:
             return str(answer["data"][0]["id"])
         except (TypeError, LookupError) as error:
             raise EngineError(f"engine: expected a vLLM server at {self.settings.url}, got {answer!r}") from error
 
-    def _rpc(self, method: str, *args: str, timeout: float = 60.0) -> list[Any]:
+    def _rpc(self, method: str, *args: str, timeout: float) -> list[Any]:
         """What each worker answers to a method of WeightUpdates."""
         body = {"method": method, "args": list(args), "timeout": timeout}
         try:
@@ -169,6 +205,7 @@ class VLLMServer:
 class _Outbox:
     """Safetensors files in a new folder, of about 2 GiB each, and the digests of what is in them.
 
+    The folder is locked while this process lives, so that `remove_left_behind` can tell.
     A failure is kept until `close`: the other ranks still gather, and would wait for this one for ever.
     """
 
@@ -176,6 +213,7 @@ class _Outbox:
         self.sent: dict[str, Digest] = {}
         self._parent = parent
         self._folder: Path | None = None
+        self._lock: IO[str] | None = None
         self._error: Exception | None = None
         self._batch: dict[str, Tensor] = {}
         self._files = 0
@@ -203,19 +241,31 @@ class _Outbox:
     def remove(self) -> None:
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
+        if self._lock is not None:
+            self._lock.close()
 
     def _write(self) -> None:
         from safetensors.torch import save_file
 
         try:
             if self._folder is None:
-                self._folder = Path(tempfile.mkdtemp(dir=self._parent, prefix="repo-ops-weights-"))
+                self._folder = Path(tempfile.mkdtemp(dir=self._parent, prefix=FOLDER))
                 self._folder.chmod(0o755)  # the server may be another user's
+                self._lock = (self._folder / LOCK).open("w")
+                fcntl.flock(self._lock, fcntl.LOCK_EX)
             if self._batch and self._error is None:
                 save_file(self._batch, self._folder / f"{self._files:05d}.safetensors")
         except Exception as error:  # safetensors has errors of its own
             self._error = error
         self._batch, self._files = {}, self._files + 1
+
+
+def remove_left_behind(parent: str) -> None:
+    """Frees the memory or disk of runs that were killed while they sent their weights."""
+    for lock in Path(parent).glob(f"{FOLDER}*/{LOCK}"):
+        with suppress(OSError), lock.open() as opened:  # of somebody else, locked, or gone by now
+            fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(lock.parent, ignore_errors=True)
 
 
 def _check_read(sent: Mapping[str, Digest], read: Any) -> None:

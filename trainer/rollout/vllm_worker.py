@@ -23,6 +23,9 @@ class WeightUpdates:
     model_config: Any
     reload_weights: Any
 
+    repo_ops_folder = ""
+    """Where the weights were read from, all of them."""
+
     def repo_ops_settings(self) -> dict[str, Any]:
         """The settings that decide whether what the engine reports can be used."""
         config = self.model_config
@@ -46,8 +49,14 @@ class WeightUpdates:
     def repo_ops_load_folder(self, path: str) -> dict[str, tuple[int, str, int]]:
         """Takes over the weights of all safetensors files in a folder; the digest of each, as it was read."""
         read: dict[str, tuple[int, str, int]] = {}
+        self.repo_ops_folder = ""
         self.repo_ops_load(_read(Path(path), read))
+        self.repo_ops_folder = path
         return read
+
+    def repo_ops_held(self) -> str:
+        """The folder whose weights it holds; empty where those are the weights it was started with."""
+        return self.repo_ops_folder
 
     def repo_ops_digests(self) -> dict[str, Any]:
         """Digest of every parameter that this worker holds, and which of a checkpoint's modules vLLM puts into one."""
