@@ -153,15 +153,54 @@ def python(code: str, cwd: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_import_repo_ops_loads_neither_transformers_nor_triton(tmp_path: Path) -> None:
+def test_every_name_of_repo_ops_loads_torch_and_nothing_else(tmp_path: Path) -> None:
     python(
         """
 import sys, torch
 before = set(sys.modules)
 import repo_ops
+for name in repo_ops.__all__:
+    getattr(repo_ops, name)
 new = {name.partition(".")[0] for name in set(sys.modules) - before}
-assert not new & {"transformers", "triton", "trl", "liger_kernel", "matplotlib", "numpy"}, new
-assert "repo_ops.trainer" not in sys.modules
+assert new <= {"repo_ops", *sys.stdlib_module_names}, new
+assert not {"repo_ops.trainer", "repo_ops.benchmarks", "repo_ops.kernels"} & set(sys.modules)
+""",
+        tmp_path,
+    )
+
+
+def test_the_command_and_its_help_do_not_wait_for_torch(tmp_path: Path) -> None:
+    python(
+        """
+import sys
+import repo_ops
+from repo_ops.cli import main
+main(["--help"])
+try:
+    main(["trian"])
+except SystemExit as end:
+    assert end.code == 2
+assert repo_ops.__version__
+loaded = {name.partition(".")[0] for name in sys.modules}
+assert not loaded & {"torch", "numpy", "transformers", "rich", "jsonargparse"}, loaded
+""",
+        tmp_path,
+    )
+
+
+def test_functions_keep_their_names_beside_the_modules_that_hold_them(tmp_path: Path) -> None:
+    # `repo_ops.linear_logps` is the function, however its module of the same name came to be imported
+    python(
+        """
+from repo_ops.linear_logps import linear_logps
+import repo_ops.linear_policy_loss
+import repo_ops
+
+assert repo_ops.linear_logps is linear_logps
+assert callable(repo_ops.linear_policy_loss) and callable(repo_ops.linear_stats) and callable(repo_ops.policy_loss)
+assert repo_ops.causal_lm.find_head  # a module that nobody imported by name
+assert {*repo_ops.__all__} <= {*dir(repo_ops)}
+assert not hasattr(repo_ops, "linear_logp")
 """,
         tmp_path,
     )

@@ -1,6 +1,9 @@
 """The names and signatures that callers rely on. A change here is a change for every user: see CHANGELOG.md."""
 
+import ast
 import inspect
+from importlib import import_module
+from pathlib import Path
 
 import pytest
 
@@ -47,6 +50,15 @@ PUBLIC = sorted({*FUNCTIONS, *VALUES, "replay", "summarize"})
 def test_the_list_of_public_names() -> None:
     # A name more or less is a decision about what users may rely on: change this list and CHANGELOG.md with it.
     assert sorted(repo_ops.__all__) == PUBLIC
+
+
+def test_type_checkers_see_the_same_names_from_the_same_modules() -> None:
+    tree = ast.parse(Path(repo_ops.__file__).read_text(encoding="utf-8"))
+    (block,) = [node for node in tree.body if isinstance(node, ast.If) and not node.orelse and len(node.body) > 1]
+    seen = {alias.name: node.module for node in block.body if isinstance(node, ast.ImportFrom) for alias in node.names}
+    assert sorted(seen) == PUBLIC
+    for name, module in seen.items():
+        assert getattr(repo_ops, name) is getattr(import_module(str(module)), name), name
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
