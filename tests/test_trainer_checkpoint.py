@@ -18,9 +18,11 @@ from tiny_runs import arguments, differences, no_pictures, outcome, prepared, re
 
 from repo_ops.cli import main
 from repo_ops.trainer.checkpoint import newest_whole, read, steps_of
+from repo_ops.trainer.distributed import Ranks
 from repo_ops.trainer.learner import Learner
 from repo_ops.trainer.log import read_metrics
 from repo_ops.trainer.loop import train
+from repo_ops.trainer.resume import snapshot
 
 TESTS = Path(__file__).parent
 SCRIPT = Path(sys.executable).with_name("repo-ops")
@@ -105,6 +107,14 @@ def test_a_run_goes_on_in_another_folder_and_longer(tmp_path: Path) -> None:
     assert steps_of(tmp_path / "a" / "checkpoints") == [2]
     # a finished run has nothing left to do, and says the same again
     assert differences(trained(tmp_path / "b", resume="auto", **from_a), all_four) == []
+
+
+def test_the_first_rank_alone_reads_the_metrics(tmp_path: Path) -> None:
+    run = prepared(tmp_path)
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0}\n')
+    assert snapshot(run, 1).metrics == b'{"step": 0}\n'
+    run.learner.ranks = Ranks(rank=1, size=2)
+    assert snapshot(run, 1).metrics == b""
 
 
 def test_nothing_was_learned_yet_and_still_the_optimizer_comes_back(tmp_path: Path) -> None:

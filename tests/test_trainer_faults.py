@@ -13,7 +13,16 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_runs import arguments, differences, no_pictures, outcome, prepared, reward_file, trained  # noqa: F401
+from tiny_runs import (
+    arguments,
+    differences,
+    no_pictures,  # noqa: F401
+    outcome,
+    prepared,
+    repeatable,
+    reward_file,
+    trained,
+)
 
 import repo_ops
 from repo_ops.cli import main
@@ -24,6 +33,7 @@ from repo_ops.trainer.log import read_metrics
 from repo_ops.trainer.loop import train
 from repo_ops.trainer.models import load_model
 from repo_ops.trainer.rewards import Rewards
+from repo_ops.trainer.rollout import EngineError
 from repo_ops.trainer.rollout.hf import HFGenerate
 from repo_ops.trainer.rollout.sampler import Sampler
 
@@ -244,6 +254,24 @@ def test_advantages_that_are_nan_end_the_run_and_reach_no_checkpoint(tmp_path: P
     assert differences(outcome(two), outcome(one)) == []
 
 
+def test_too_many_steps_that_are_not_finite_lose_nothing_of_those_before(tmp_path: Path, capsys, monkeypatch) -> None:
+    real = Learner.step
+
+    def poisoned(self, sequences, *, lr):
+        return {**real(self, sequences, lr=lr), "learner/nonfinite": 1.0}
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Learner, "step", poisoned)
+        status, error = ends(capsys, arguments(tmp_path, **SHORT, nonfinite_limit=1))
+    assert status == 1
+    assert one_sentence(error).startswith("1 steps in a row were not finite (nonfinite_limit); the last batch is in")
+    assert "Step 1 is saved in" in error
+    (line,) = read_metrics(tmp_path)[1:]
+    assert (line["learner/nonfinite"], line["reward/scored"]) == (1, 16)
+    train(prepared(tmp_path, **SHORT, resume="auto"))
+    assert [each["step"] for each in read_metrics(tmp_path)] == [0, 1, 2]
+
+
 # ---- the disk ----
 
 
@@ -376,11 +404,48 @@ def test_a_signal_in_any_phase_saves_ends_well_and_loses_nothing(
     assert differences(outcome(run), expected) == []
 
 
+# what fails behind the learner of which step, in a run that evaluates after steps 3 and 4
+BEHIND_THE_LEARNER = {"weights of step 2": 2, "evaluation of step 3": 3, "evaluation of step 4": 4}
+
+
+@pytest.mark.parametrize("what", BEHIND_THE_LEARNER)
+def test_an_engine_that_fails_behind_the_learner_costs_nothing_of_the_step(
+    tmp_path: Path, capsys, monkeypatch, undisturbed, what: str
+) -> None:
+    settings, expected = undisturbed
+    step = BEHIND_THE_LEARNER[what]
+    real = (HFGenerate.sync, HFGenerate.generate)
+
+    def sync(self, version):
+        real[0](self, version)
+        if "weights" in what and version == step:
+            raise EngineError("engine: the server is gone")
+
+    def generate(self, prompts, *, greedy=False, **sampling):
+        if greedy and self.version == step:
+            raise EngineError("engine: the server is gone")
+        return real[1](self, prompts, greedy=greedy, **sampling)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(HFGenerate, "sync", sync)
+        patch.setattr(HFGenerate, "generate", generate)
+        status, error = ends(capsys, arguments(tmp_path, **settings))
+    assert status == 1
+    assert f"the server is gone. Step {step} is saved in" in one_sentence(error)
+    # the record of the run that ended has all of the step but the evaluation
+    whole = {k: v for k, v in expected["metrics"][step].items() if not k.startswith("eval/")}
+    assert repeatable(tmp_path) == [*expected["metrics"][:step], whole]
+    run = prepared(tmp_path, **settings, resume="auto")
+    assert (run.resumed_at, run.last_logged) == (step, step - 1)
+    train(run)
+    assert differences(outcome(run), expected) == []
+
+
 def test_a_reward_that_hangs_is_left_when_a_signal_comes(tmp_path: Path, capsys, monkeypatch) -> None:
     signal_in(monkeypatch, Rewards, "score", call=2, then=hang)
     status, error = ends(capsys, arguments(tmp_path, **SHORT))
     assert status == 0
-    assert "after step 1, saved in" in one_sentence(error)
+    assert "after step 1, which is saved in" in one_sentence(error)
 
 
 def hang() -> None:

@@ -83,6 +83,28 @@ def test_a_run_leaves_completions_a_profile_a_record_and_a_page(tmp_path: Path) 
     assert "3 of 3 steps; finished" in (tmp_path / "report.html").read_text()
 
 
+def test_a_profile_of_a_run_that_goes_on_holds_what_is_left_of_its_steps(tmp_path: Path, monkeypatch) -> None:
+    for name in ("draw_report", "write_page"):
+        monkeypatch.setattr(f"repo_ops.trainer.reporting.{name}", lambda *_, **__: None)
+    saved = {"sample_steps": 0, "save_steps": 1, "resume": "auto"}
+    train(prepared(tmp_path, **saved, steps=1), console=quiet())
+    files = {}
+    for steps, profile in ((2, (2, 2)), (4, (2, 3)), (5, (1, 4))):
+        console = quiet()
+        train(prepared(tmp_path, **saved, steps=steps, profile_steps=profile), console=console)
+        files[steps] = sorted(path.name for path in (tmp_path / "profile").glob("*.json"))
+    assert files == {2: ["steps_2_2.json"], 4: ["steps_2_2.json", "steps_3_3.json"], 5: files[4]}
+    said = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "profile_steps: nothing is recorded of 1 to 4, the run goes on from step 4" in said
+
+
+def test_a_profile_that_is_cut_off_keeps_what_it_has(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(Learner, "step", raising(ValueError("a mistake"), 3))
+    with pytest.raises(ValueError, match="a mistake"):
+        train(prepared(tmp_path, sample_steps=0, profile_steps=(2, 3)), console=quiet())
+    assert [path.name for path in (tmp_path / "profile").glob("*.json")] == ["steps_2_2.json"]
+
+
 def raising(error: Exception, at_step: int):
     """A learner's step that raises in the place of step `at_step`."""
     original, calls = Learner.step, []

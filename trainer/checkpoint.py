@@ -50,7 +50,7 @@ class Snapshot:
     header: dict[str, Any]
     """For the manifest; JSON. The same on every rank."""
     metrics: bytes
-    """The lines of metrics.jsonl up to the step."""
+    """The lines of metrics.jsonl up to the step; read by the first rank alone, which writes them."""
 
 
 @dataclass(frozen=True)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from repo_ops.trainer.config import learning_rate, save_config
 from repo_ops.trainer.evaluate import evaluate
-from repo_ops.trainer.groups import collect, draw_and_push, group_metrics, seed_of, with_advantages
+from repo_ops.trainer.groups import Collected, collect, draw_and_push, group_metrics, seed_of, with_advantages
 from repo_ops.trainer.memory import peak_memory_mb, reset_peak_memory
 from repo_ops.trainer.nonfinite import NonfiniteGuard
 from repo_ops.trainer.progress import Progress
@@ -39,19 +40,13 @@ def train(run: Run, *, name: str = "train", console: Console | None = None) -> d
     config, ranks = run.config, run.learner.ranks
     if ranks.is_first:
         save_config(config, run.folder / "config.yaml")
-    with (
-        reporting(run, name=name, console=console, resumed_at=run.resumed_at) as log,
-        Progress(run, log.say) as progress,
-    ):
+    with reporting(run, name=name, console=console) as log, Progress(run, log) as progress:
         guard = NonfiniteGuard(run.learner, run.folder, limit=config.nonfinite_limit, say=log.say)
         for sentence in (run.describe(), *run.notes):
             log.say(sentence)
         run.engine.sync(progress.done)
-        if run.resumed is None or progress.unfinished is not None:  # the evaluation before training, or a dropped one
-            with progress.droppable():
-                evaluation = held_out(run)
-            log.step(progress.done, {**(progress.unfinished or {}), **evaluation})
-            progress.logged()
+        if progress.unfinished is not None:  # before the first step, or where a step was cut off behind its learner
+            conclude(run, progress)
         for step in range(progress.done + 1, config.steps + 1):
             reset_peak_memory(ranks.device)
             started = time.perf_counter()
@@ -61,29 +56,39 @@ def train(run: Run, *, name: str = "train", console: Console | None = None) -> d
             draw_and_push(run.buffer, collected.groups, version=step - 1, temperature=temperature, ranks=ranks)
             sequences = with_advantages(config, collected.groups)
             metrics = run.learner.step(sequences, lr=learning_rate(config, step))
-            guard.check(step, sequences, metrics)
-            progress.learned(step, metrics)
-            run.engine.sync(step)
-
-            seconds = time.perf_counter() - started
             metrics |= group_metrics(collected, sequences)
             metrics |= throughput(metrics, run.model, ranks)
             metrics |= ranks.buffer_metrics(run.buffer.metrics(step)) if run.buffer is not None else {}
-            metrics |= {
-                "time/generate": collected.seconds,
-                "time/rest": seconds - collected.seconds - metrics["time/learner"],
-                "tokens_per_second": collected.tokens / seconds,
-                "memory/peak_mb": peak_memory_mb(ranks.device),
-            }
-            if step == config.steps or (config.eval_steps and step % config.eval_steps == 0):
-                with progress.droppable():
-                    metrics |= held_out(run)
-            log.step(step, metrics)
+            metrics |= spent(run, collected, metrics, started)
+            progress.learned(step, metrics)  # whatever fails from here on, what the step was is written down
             log.completions(step, rows_of_step(step, collected.groups, sequences))
-            progress.logged()
+            guard.check(step, sequences, metrics)
+            run.engine.sync(step)
+            metrics |= spent(run, collected, metrics, started)  # the weights took their time, too
+            conclude(run, progress)
         found = summarize_run(log.lines)
         publish(run, found)
     return found
+
+
+def spent(run: Run, collected: Collected, metrics: Mapping[str, float], started: float) -> dict[str, float]:
+    """Time and memory of the step so far."""
+    seconds = time.perf_counter() - started
+    return {
+        "time/generate": collected.seconds,
+        "time/rest": seconds - collected.seconds - metrics["time/learner"],
+        "tokens_per_second": collected.tokens / seconds,
+        "memory/peak_mb": peak_memory_mb(run.learner.ranks.device),
+    }
+
+
+def conclude(run: Run, progress: Progress) -> None:
+    """Evaluates after the step that is done, where that is due; then nothing of the step is left to do."""
+    config, step, evaluation = run.config, progress.done, {}
+    if step in (0, config.steps) or (config.eval_steps and step % config.eval_steps == 0):
+        with progress.droppable():
+            evaluation = held_out(run)
+    progress.concluded(evaluation)
 
 
 def held_out(run: Run) -> dict[str, float]:

@@ -17,7 +17,11 @@ from repo_ops.trainer.rows import idle_batch
 if TYPE_CHECKING:
     from repo_ops.trainer.learner import Learner, ScoredSequence
 
-__all__ = ["NonfiniteGuard"]
+__all__ = ["NonfiniteGuard", "NotFinite"]
+
+
+class NotFinite(RunFailed):
+    """Too many steps in a row were not finite. The parameters are those before them."""
 
 
 class NonfiniteGuard:
@@ -39,7 +43,7 @@ class NonfiniteGuard:
         """To be called after the learner's step, on all ranks, while the gradients are still there.
 
         Raises:
-            RunFailed: the limit is reached.
+            NotFinite: the limit is reached; on all ranks.
         """
         if not metrics["learner/nonfinite"]:
             self.in_a_row = 0
@@ -52,7 +56,7 @@ class NonfiniteGuard:
             f"is in {path}"
         )
         if self.in_a_row == self.limit:
-            raise RunFailed(
+            raise NotFinite(
                 f"{self.limit} steps in a row were not finite (nonfinite_limit); the last batch is in {path}; {look}; "
                 "usual remedies: a lower lr, --dtype float32, --autocast false"
             )

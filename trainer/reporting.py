@@ -26,22 +26,19 @@ __all__ = ["reporting"]
 
 
 @contextmanager
-def reporting(
-    run: Run, *, name: str, console: Console | None = None, resumed_at: int | None = None
-) -> Iterator[RunLog]:
+def reporting(run: Run, *, name: str, console: Console | None = None) -> Iterator[RunLog]:
     """The log of a run. Leaving it, in whatever way, writes report.png and report.html.
 
     Args:
         name: of the run, in the progress bar and in the report.
-        resumed_at: step of the checkpoint that the run goes on from; None: a new run.
     Raises:
         RunFailed: memory ran out inside; the message says what was largest and what helps.
     """
     config, first = run.config, run.learner.ranks.is_first
     trackers = []
     if first:
-        start_record(run, resumed_at=resumed_at)
-        opening = Opening(run.folder, config.project, run.folder.resolve().name, asdict(config), resumed_at)
+        start_record(run)
+        opening = Opening(run.folder, config.project, run.folder.resolve().name, asdict(config), run.last_logged)
         trackers = open_trackers(tracker_names(config.report_to), opening)
     log = RunLog(
         run.folder,
@@ -53,13 +50,19 @@ def reporting(
         sample_rows=config.sample_rows,
         save_completions=config.save_completions,
         trackers=trackers,
-        resumed_at=resumed_at,
+        resumed_at=run.resumed_at,
         silent=not first,
     )
     how = "finished"
-    steps = config.profile_steps if first else None
+    profile = profiled(
+        config.profile_steps if first else None,
+        run.folder,
+        run.learner.ranks.device,
+        resumed_at=run.resumed_at,
+        say=log.say,
+    )
     try:
-        with log, explained(run), profiled(steps, run.folder, run.learner.ranks.device) as log.step_done:
+        with log, explained(run), profile as log.step_done:
             yield log
     except BaseException as error:
         how = f"stopped: {str(error) or type(error).__name__}"

@@ -40,7 +40,7 @@ def snapshot(
 
     Args:
         at: `moment` before the following step, where that was begun and dropped; None: now.
-        unfinished: metrics of the step, where its evaluation is still to be made and its line to be written.
+        unfinished: metrics of the step, where its line is still to be written, and its evaluation to be made.
     """
     from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict
 
@@ -55,7 +55,8 @@ def snapshot(
         "unfinished": None if unfinished is None else dict(unfinished),
     }
     metrics = run.folder / METRICS
-    return Snapshot(step, sharded, own, header, metrics.read_bytes() if metrics.exists() else b"")
+    kept = metrics.read_bytes() if run.learner.ranks.is_first and metrics.exists() else b""
+    return Snapshot(step, sharded, own, header, kept)
 
 
 def checkpoint_of(config: TrainConfig, ranks: Ranks, say: Callable[[str], None]) -> Checkpoint | None:

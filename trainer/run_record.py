@@ -20,14 +20,14 @@ __all__ = ["RECORD_FILE", "end_record", "has_reference", "read_record", "start_r
 RECORD_FILE = "run.json"
 
 
-def start_record(run: Run, *, resumed_at: int | None = None) -> None:
+def start_record(run: Run) -> None:
     """Write the record of a run that begins."""
     record = {
         "describe": run.describe(),
         "steps": run.config.steps,
         "command": sys.argv,
         "started": time.strftime("%Y-%m-%d %H:%M:%S %z"),
-        "resumed_at": resumed_at,
+        "resumed_at": run.resumed_at,
         "ended": None,
         "ranks": run.learner.ranks.size,
         "device": f"{run.learner.ranks.device} ({', '.join(device_names())})",

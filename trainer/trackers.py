@@ -32,7 +32,7 @@ class Opening:
     name: str
     settings: Mapping[str, Any]
     resumed_at: int | None = None
-    """Step of the checkpoint that the run goes on from; None: a new run."""
+    """Last step that was logged before, where a run goes on from a checkpoint; None: a new run."""
 
     @cached_property
     def run_id(self) -> str:
