@@ -99,11 +99,12 @@ def linear_policy_loss(
     if torch.compiler.is_compiling():
         from repo_ops import compiled  # which imports Dynamo
 
-        tensors = compiled.HeadTensors(bias, temperature, mask, support_ids, adapter, tp_group)
+        head = compiled.HeadArguments(
+            bias, temperature, softcap, logit_scale, mask, support_ids, adapter, tp_group, options
+        )
         return compiled.linear_policy_loss(
-            hidden, weight, targets, given, extras, num_items, tensors, off_policy_coef, softcap, logit_scale,
-            objective, options,
-        )  # fmt: skip
+            hidden, weight, targets, given, extras, num_items, head, off_policy_coef, objective
+        )
     settings = HeadSettings(bias, temperature, softcap, logit_scale, adapter, tp_group)
     call = prepare(
         hidden, weight, targets, mask, settings, as_objective(objective), options,
@@ -127,7 +128,7 @@ class Call:
     @property
     def wanted(self) -> Wanted:
         """The statistics that the objective reads beside log-probabilities."""
-        return Wanted(entropy="entropy" in self.inputs.objective.reads)
+        return _wanted(self.inputs.objective)
 
     def tokens(self, logps: Tensor, entropy: Tensor | None) -> Tokens:
         """All live tokens with these log-probabilities."""
@@ -142,6 +143,10 @@ class Call:
         placed = _placed(logps, inputs.where, self.where)
         assert placed is not None
         return PolicyLoss(loss, placed, _placed(entropy, inputs.where, self.where), metrics)
+
+
+def _wanted(objective: Objective) -> Wanted:
+    return Wanted(entropy="entropy" in objective.reads)
 
 
 def prepare(
@@ -167,7 +172,7 @@ def prepare(
     )
     accumulate = options.accumulate_weight_grad
     head = head_inputs(hidden, weight, targets, inputs.where, settings, accumulate_weight_grad=accumulate)
-    return Call(head, inputs, make_plan(head, options), where)
+    return Call(head, inputs, make_plan(head, options, _wanted(inputs.objective)), where)
 
 
 def evaluate(call: Call, needs: Sequence[bool]) -> tuple[Tensor, RowStats, Gradients]:

@@ -67,10 +67,10 @@ def linear_stats(
     if torch.compiler.is_compiling():
         from repo_ops import compiled  # which imports Dynamo
 
-        tensors = compiled.HeadTensors(bias, temperature, mask, support_ids, adapter, tp_group)
-        return VocabularyStats(
-            *compiled.linear_stats(hidden, weight, targets, tensors, softcap, logit_scale, wanted, options)
+        head = compiled.HeadArguments(
+            bias, temperature, softcap, logit_scale, mask, support_ids, adapter, tp_group, options
         )
+        return VocabularyStats(*compiled.linear_stats(hidden, weight, targets, head, wanted))
     where = layout(targets, mask, None)
     settings = HeadSettings(bias, temperature, softcap, logit_scale, adapter, tp_group)
     found = head_stats(hidden, weight, targets, where, settings, wanted, support_ids, options)
@@ -91,7 +91,7 @@ def head_stats(
     """[L] log-probabilities and entropies (attached), sum p^2 and argmax hits of the live tokens of `where`."""
     accumulate = options.accumulate_weight_grad
     head = head_inputs(hidden, weight, targets, where, settings, accumulate_weight_grad=accumulate)
-    plan = make_plan(head, options)
+    plan = make_plan(head, options, wanted)
     if support_ids is not None:
         return support.statistics(head, support.checked(support_ids, head, where), plan, wanted)
     return _LinearStats.apply(*head.tensors, head, plan, wanted)

@@ -7,6 +7,7 @@ around. One test goes through Inductor too.
 import pytest
 import torch
 
+import repo_ops.compiled.calls
 from repo_ops import NumItems, Options, get_objective, linear_logps, linear_policy_loss, linear_stats
 from repo_ops.metrics import summarize
 
@@ -179,3 +180,67 @@ def test_float16_with_a_frozen_head_through_inductor(support):
 
     results = agree(step, {"hidden": hidden}, targets, backend="inductor")
     assert results[-1].dtype == torch.float16
+
+
+def steps_with(tensors, changing, make):
+    """Losses of steps of one compiled function in which the argument `changing` is make(0), make(1), ...; and places
+    that these steps took in the table of calls."""
+    targets, mask = inputs()
+    old, off_policy = -torch.rand(B, T) * 5, torch.tensor([False, True, False])
+
+    def step(t, **kwargs):
+        return linear_policy_loss(
+            t["hidden"], t["weight"], targets, torch.tensor([1.0, 0.5, -2.0]), mask=mask, old_logps=old,
+            off_policy=off_policy, **kwargs,
+        ).loss  # fmt: skip
+
+    found, before = compiled(step, "eager"), len(repo_ops.compiled.calls._CALLS)
+    losses = []
+    for i in range(10):  # more than the 8 recompilations after which torch gives up
+        kwargs = {changing: make(i)}
+        with torch.no_grad():
+            losses.append((found(tensors, **kwargs), step(tensors, **kwargs)))
+    return losses, len(repo_ops.compiled.calls._CALLS) - before
+
+
+@pytest.mark.parametrize(
+    ("changing", "make", "values"),
+    [
+        ("objective", lambda i: get_objective("dapo", beta=0.0, eps_low=0.05), 1),
+        ("objective", lambda i: get_objective("gspo", eps_low=0.1 * (1 + i % 3)), 3),
+        ("temperature", lambda i: 1.0 - 0.05 * i, 10),
+        ("num_items", lambda i: (20 + i, 3.5 + i), 10),
+        ("num_items", lambda i: NumItems(4 + i, 30 + i, 1, 2 + i), 10),
+        ("off_policy_coef", lambda i: 0.1 * (i + 1), 10),
+    ],
+)
+def test_what_is_new_in_each_step_is_neither_forgotten_nor_kept(tensors, changing, make, values):
+    losses, places = steps_with(tensors, changing, make)
+    for ours, theirs in losses:
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-7)
+    assert len({loss.item() for loss, _ in losses}) == values
+    assert places <= (values if changing == "objective" else 1)
+
+
+def test_closures_over_other_values_are_other_objectives(tensors):
+    def scaled(factor):
+        return lambda tokens: -factor * tokens.advantages * tokens.logps
+
+    objectives = [scaled(1.0), scaled(3.0)]
+    losses, places = steps_with(tensors, "objective", lambda i: objectives[i % 2])
+    for ours, theirs in losses:
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-7)
+    assert places == 2
+
+
+def test_objectives_of_equal_settings_and_other_state_are_kept_apart():
+    class WithState(get_objective("grpo").__class__):
+        def __init__(self, factor):
+            super().__init__()
+            object.__setattr__(self, "factor", factor)
+
+    one, two = WithState(1.0), WithState(2.0)
+    assert one == two  # as dataclasses
+    by_value = repo_ops.compiled.calls._by_value
+    assert by_value(one) != by_value(two)
+    assert by_value(get_objective("grpo")) == by_value(get_objective("grpo"))

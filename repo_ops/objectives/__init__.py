@@ -12,6 +12,7 @@ import importlib
 import pkgutil
 from collections.abc import Callable
 from typing import Any
+from weakref import WeakValueDictionary
 
 from torch import Tensor
 
@@ -21,6 +22,8 @@ from repo_ops.scope import SCOPES
 from repo_ops.tokens import Tokens
 
 _NOT_OBJECTIVES = {"base", "recipes"}
+_ALIVE: WeakValueDictionary[tuple[Any, ...], Objective] = WeakValueDictionary()
+"""Class and settings -> the objective, while somebody holds it."""
 
 
 def objective_names() -> list[str]:
@@ -34,7 +37,7 @@ def _files(folders: tuple[str, ...]) -> frozenset[str]:
 
 
 def get_objective(name: str, **hyper: Any) -> Objective:
-    """The objective called `name` with its hyper-parameters changed to `hyper`.
+    """The objective called `name` with its hyper-parameters changed to `hyper`; for equal ones the same object.
 
     Raises:
         ValueError: unknown name or hyper-parameter (with the nearest known one), or a value out of range.
@@ -49,7 +52,19 @@ def get_objective(name: str, **hyper: Any) -> Objective:
     for key in hyper:
         if key not in fields:
             raise ValueError(f"{key}: objective {name!r} has {', '.join(sorted(fields))}{_nearest(key, fields)}")
-    return cls(**{**preset, **hyper})
+    return _shared(cls, {**preset, **hyper})
+
+
+def _shared(cls: type[Objective], settings: dict[str, Any]) -> Objective:
+    # torch.compile traces anew for every new object, and gives up after a few: one made in each step has to be the same
+    key = (cls, *((name, type(settings[name]), settings[name]) for name in sorted(settings)))
+    try:
+        found = _ALIVE.get(key)
+    except TypeError:  # a value that cannot be hashed
+        return cls(**settings)
+    if found is None:
+        found = _ALIVE[key] = cls(**settings)
+    return found
 
 
 def as_objective(objective: str | Objective | Callable[[Tokens], Tensor]) -> Objective:
