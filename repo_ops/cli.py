@@ -62,10 +62,14 @@ def train(arguments: Sequence[str]) -> None:
 def evaluate(arguments: Sequence[str]) -> None:
     """Evaluate a model on prompts from a file or a task: rewards, pass@k, intervals."""
     from repo_ops.trainer.evaluation import parse_evaluation, run_evaluation
+    from repo_ops.trainer.failed import RunFailed
 
     settings = parse_evaluation(arguments)
     try:
         run_evaluation(settings)
+    except RunFailed as error:
+        print(f"repo-ops evaluate: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
     except (ValueError, ImportError) as error:
         _refuse("evaluate", str(error))
 
@@ -141,9 +145,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         try:
             COMMANDS[name](rest)
         except ModuleNotFoundError as error:
-            if (error.name or "repo_ops").split(".")[0] == "repo_ops":
+            package = (error.name or "repo_ops").split(".")[0]
+            if package == "repo_ops":
                 raise
-            _refuse(name, f"needs the package {error.name}; pip install 'repo-ops[train]'")
+            # torch brings the triton that fits it, but not in its builds for a CPU
+            remedy = package if package in ("torch", "triton") else "'repo-ops[train]'"
+            _refuse(name, f"needs the package {package}; pip install {remedy}")
     else:
         _refuse("", f"expected a command of {', '.join(COMMANDS)}, got {name!r}")
 

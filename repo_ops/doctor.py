@@ -29,10 +29,10 @@ SUPPORTED: dict[str, tuple[str, str | None]] = {
     "torch": ("2.6", None),
     "triton": ("3.2", None),
     "transformers": ("5.0", "6"),
-    "trl": ("1.16", "2"),
+    "trl": ("1.16", "1.17"),
     "liger-kernel": ("0.6", "1"),
     "peft": ("0.17", "1"),
-    "vllm": ("0.10", None),
+    "vllm": ("0.32", None),
 }
 PACKAGES = (
     *SUPPORTED,

@@ -1,6 +1,8 @@
 """What users get: the wheel, the sdist, the names they install, and the neighbours they must leave alone."""
 
+import configparser
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -8,18 +10,25 @@ import sysconfig
 import tarfile
 import zipfile
 from collections.abc import Mapping, Sequence
+from email.message import Message
+from email.parser import Parser
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
+import repo_ops
+
 ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 FOLDERS = {
     "repo_ops": "repo_ops",
     "kernels": "repo_ops/kernels",
     "trainer": "repo_ops/trainer",
     "benchmarks": "repo_ops/benchmarks",
 }
+# What the tests read beside the packages; it travels with the sources and not with the wheel.
+WITH_SOURCES = ("tests", "docs", ".ci", "Makefile", "mkdocs.yml", "CHANGELOG.md", "CONTRIBUTING.md")
 SCRIPTS = Path(sysconfig.get_path("scripts"))
 
 
@@ -51,8 +60,11 @@ def sources(folder: str) -> list[str]:
 def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of what a build reads, so that building leaves nothing in the working tree."""
     target = tmp_path_factory.mktemp("checkout")
-    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, target)
+    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", *WITH_SOURCES):
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, target / name, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(ROOT / name, target)
     for folder in FOLDERS:
         shutil.copytree(ROOT / folder, target / folder, ignore=shutil.ignore_patterns("__pycache__"))
     return target
@@ -60,8 +72,13 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def wheel(checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("wheel")
-    pip("wheel", "--quiet", "--no-index", "--no-deps", "--no-build-isolation", "--wheel-dir", out, checkout, cwd=out)
+    return pip_wheel(checkout, tmp_path_factory.mktemp("wheel"))
+
+
+def pip_wheel(source: Path, out: Path) -> Path:
+    options = ["--quiet", "--no-index", "--no-deps", "--no-build-isolation"]
+    command = [sys.executable, "-m", "pip", "wheel", *options, "--wheel-dir", out, source]
+    run(command, cwd=out, env={"SOURCE_DATE_EPOCH": "1760000000"})
     (built,) = out.glob("*.whl")
     return built
 
@@ -85,26 +102,77 @@ def test_wheel_holds_every_source_file_and_the_type_marker(wheel: Path) -> None:
     assert {"repo_ops/py.typed", "repo_ops/kernels/__init__.py", "repo_ops/trainer/__init__.py"} <= packed
 
 
-def test_wheel_carries_licence_command_and_requirements(wheel: Path) -> None:
+@pytest.fixture(scope="module")
+def metadata(wheel: Path) -> Message:
     with zipfile.ZipFile(wheel) as archive:
-        read = {name: archive.read(name).decode() for name in archive.namelist() if ".dist-info/" in name}
-    metadata = read["repo_ops-0.1.0.dist-info/METADATA"]
-    assert "License-Expression: Apache-2.0" in metadata
-    assert "Apache License" in read["repo_ops-0.1.0.dist-info/licenses/LICENSE"]
-    assert "repo-ops = repo_ops.cli:main" in read["repo_ops-0.1.0.dist-info/entry_points.txt"]
-    required = [line for line in metadata.splitlines() if line.startswith("Requires-Dist:") and "extra ==" not in line]
-    assert required == ["Requires-Dist: torch>=2.6"]  # whatever else is wanted belongs in an extra
+        return Parser().parsestr(archive.read("repo_ops-0.1.0.dist-info/METADATA").decode())
 
 
-def test_sdist_builds_the_same_wheel(checkout: Path, wheel: Path, tmp_path: Path) -> None:
-    run([sys.executable, "-m", "build", "--sdist", "--no-isolation", "--outdir", tmp_path, checkout], cwd=tmp_path)
-    (sdist,) = tmp_path.glob("*.tar.gz")
+def test_wheel_says_what_it_is_and_needs(metadata: Message) -> None:
+    assert metadata["Name"] == "repo-ops"
+    assert metadata["Version"] == repo_ops.__version__
+    assert metadata["License-Expression"] == "Apache-2.0"
+    assert metadata["Requires-Python"] == ">=3.10"
+    required = [line for line in metadata.get_all("Requires-Dist", []) if "extra ==" not in line]
+    assert required == ["torch>=2.6"]  # whatever else is wanted belongs in an extra
+    assert "Typing :: Typed" in metadata.get_all("Classifier", [])
+    assert str(metadata.get_payload()).startswith("# repo-ops\n")  # the page on an index is the README
+
+
+def test_extras_of_the_wheel_are_those_that_readme_names(metadata: Message) -> None:
+    named = re.findall(r"`([a-z0-9]+)`", re.split(r"Further extras?: ", README)[1].split("\n\n")[0])
+    shown = {extra for line in re.findall(r"\[([a-z0-9,]+)\]'", README) for extra in line.split(",")}
+    assert {*named, *shown} == {*metadata.get_all("Provides-Extra", [])}
+    for line in metadata.get_all("Requires-Dist", []):
+        assert not re.search(r"[<>=]=? *0\.0|@", line), f"{line}: an index takes no URL"
+
+
+def test_wheel_registers_the_command_and_the_verl_plugin(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        licence = archive.read("repo_ops-0.1.0.dist-info/licenses/LICENSE").decode()
+        points = configparser.ConfigParser()
+        points.read_string(archive.read("repo_ops-0.1.0.dist-info/entry_points.txt").decode())
+    assert "Apache License" in licence
+    assert {section: dict(points[section]) for section in points.sections()} == {
+        "console_scripts": {"repo-ops": "repo_ops.cli:main"},
+        "verl.plugins": {"repo_ops": "repo_ops.integrations.verl_plugin"},
+    }
+    for target in ("repo_ops/cli.py", "repo_ops/integrations/verl_plugin.py"):
+        assert target in names_in(wheel)
+
+
+@pytest.fixture(scope="module")
+def sdist(checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_sdist(checkout, tmp_path_factory.mktemp("sdist"))
+
+
+def build_sdist(checkout: Path, out: Path) -> Path:
+    command = [sys.executable, "-m", "build", "--sdist", "--no-isolation", "--outdir", out, checkout]
+    run(command, cwd=out, env={"SOURCE_DATE_EPOCH": "1760000000"})
+    (built,) = out.glob("*.tar.gz")
+    return built
+
+
+def test_sdist_holds_what_its_tests_read(checkout: Path, sdist: Path) -> None:
     with tarfile.open(sdist) as archive:
         packed = {name.partition("/")[2] for name in archive.getnames()}
-    assert {"setup.py", "pyproject.toml", "LICENSE", "kernels/__init__.py", "trainer/__init__.py"} <= packed
-    pip("wheel", "--quiet", "--no-index", "--no-deps", "--no-build-isolation", "-w", tmp_path, sdist, cwd=tmp_path)
-    (from_sdist,) = tmp_path.glob("*.whl")
-    assert sorted(names_in(from_sdist)) == sorted(names_in(wheel))
+    files = {p.relative_to(checkout).as_posix() for name in WITH_SOURCES for p in [checkout / name] if p.is_file()}
+    folders = [checkout / name for name in (*WITH_SOURCES, *FOLDERS) if (checkout / name).is_dir()]
+    files |= {p.relative_to(checkout).as_posix() for folder in folders for p in folder.rglob("*") if p.is_file()}
+    files = {name for name in files if not name.endswith(".pyc") and ".egg-info/" not in name}
+    assert files | {"setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"} <= packed, files - packed
+
+
+def test_sdist_builds_the_same_wheel(sdist: Path, wheel: Path, tmp_path: Path) -> None:
+    assert sorted(names_in(pip_wheel(sdist, tmp_path))) == sorted(names_in(wheel))
+
+
+def test_the_same_files_and_time_give_the_same_bytes(checkout: Path, sdist: Path, wheel: Path, tmp_path: Path) -> None:
+    again = tmp_path / "checkout"
+    shutil.copytree(checkout, again, ignore=shutil.ignore_patterns("*.egg-info", "build"))
+    assert build_sdist(again, tmp_path).read_bytes() == sdist.read_bytes()
+    pip_wheel(again, tmp_path)
+    assert (tmp_path / wheel.name).read_bytes() == wheel.read_bytes()
 
 
 @pytest.fixture(scope="module")
