@@ -161,8 +161,9 @@ def test_refusals():
     undo()
     with pytest.raises(RuntimeError, match="undone already"):
         undo()
-    with pytest.raises(TypeError, match="expected a causal language model"):
-        patch_causal_lm(model.model)
+    for other in (model.model, "Qwen/Qwen3-0.6B"):
+        with pytest.raises(TypeError, match="expected a causal language model"):
+            patch_causal_lm(other)
 
 
 def test_a_forward_that_goes_around_its_head_is_refused():

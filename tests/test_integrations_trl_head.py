@@ -14,6 +14,7 @@ trl = pytest.importorskip("trl", minversion="1.16")
 from trl.trainer import utils  # noqa: E402
 from trl_host import grpo, stored_qwen2, tiny_qwen2, tokenizer  # noqa: E402
 
+from repo_ops.integrations import trl as ours  # noqa: E402
 from repo_ops.integrations.trl import install, uninstall  # noqa: E402
 
 OWN = utils._ChunkedLogProbFunction, utils._use_triton
@@ -292,10 +293,12 @@ def test_another_version_is_refused_with_the_range(monkeypatch, version):
         install()
 
 
-def test_without_trl_one_sentence_says_what_to_install(monkeypatch):
-    monkeypatch.setitem(sys.modules, "trl", None)
+@pytest.mark.parametrize("name", ["install", "RePOConfig", "RePOTrainer"])
+def test_without_trl_one_sentence_says_what_to_install(monkeypatch, name):
+    for absent in ("trl", "accelerate"):
+        monkeypatch.setitem(sys.modules, absent, None)
     with pytest.raises(ImportError, match=r"pip install 'trl>=1\.16,<1\.17'"):
-        install()
+        getattr(ours, name)()
 
 
 def test_unsloth_is_refused(monkeypatch):
