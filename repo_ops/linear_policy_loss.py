@@ -191,9 +191,8 @@ def evaluate(call: Call, needs: Sequence[bool]) -> tuple[Tensor, RowStats, Gradi
 
 
 def over_support(call: Call, support_ids: Tensor) -> PolicyLoss:
-    """The loss over the tokens that a truncated sampler kept, by autograd: [N, K] logits are small."""
-    ids = support.checked(support_ids, call.head, call.inputs.where)
-    logps, entropy, *_ = support.statistics(call.head, ids, call.plan, call.wanted)
+    """The loss over the tokens that a truncated sampler kept, by autograd: K logits a row are cheap to make twice."""
+    logps, entropy, *_ = support.statistics(call.head, support_ids, call.inputs.where, call.plan, call.wanted)
     loss = step_loss(call.inputs.objective, call.tokens(logps, entropy), call.inputs.weights)
     return call.result(loss, logps.detach(), None if entropy is None else entropy.detach())
 

@@ -93,7 +93,7 @@ def head_stats(
     head = head_inputs(hidden, weight, targets, where, settings, accumulate_weight_grad=accumulate)
     plan = make_plan(head, options, wanted)
     if support_ids is not None:
-        return support.statistics(head, support.checked(support_ids, head, where), plan, wanted)
+        return support.statistics(head, support_ids, where, plan, wanted)
     return _LinearStats.apply(*head.tensors, head, plan, wanted)
 
 

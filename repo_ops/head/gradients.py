@@ -11,6 +11,7 @@ from torch import Tensor
 
 from repo_ops.head import gemm
 from repo_ops.head.inputs import HeadInputs, Product, RowGrads
+from repo_ops.head.pages import on_large_pages
 
 
 @dataclass(eq=False)
@@ -54,16 +55,23 @@ class ProductGradients:
                 dist.all_reduce(dhidden, group=tp_group)
             self.hidden[rows] = dhidden.to(self.hidden.dtype)
         if self.need_weight:
-            self._add_weight(dlogits, hidden if scale is None else hidden * scale[:, None], only)
+            # for 16-bit dlogits rounded as they are: GEMMs want operands of one dtype
+            scaled = hidden if scale is None else (hidden * scale[:, None]).to(dlogits.dtype)
+            self._add_weight(dlogits, scaled, only)
 
     def _add_weight(self, dlogits: Tensor, hidden: Tensor, only: bool) -> None:
         weight, first = self.product.weight, self.weight is None
         if only and first and dlogits.dtype == hidden.dtype == weight.dtype == self._result_dtype(weight):
-            self.weight = torch.mm(dlogits.t(), hidden)  # the result itself, accumulated inside and rounded once
+            # the result itself, accumulated inside and rounded once
+            self.weight = torch.mm(dlogits.t(), hidden, out=self._new_weight(weight.dtype))
             return
         if self.weight is None:
-            self.weight = torch.empty_like(weight, dtype=self.accumulation_dtype, memory_format=torch.contiguous_format)
+            self.weight = self._new_weight(self.accumulation_dtype)
         gemm.add_weight_grad_(self.weight, dlogits, hidden, weight, first=first)
+
+    def _new_weight(self, dtype: torch.dtype) -> Tensor:
+        new = torch.empty_like(self.product.weight, dtype=dtype, memory_format=torch.contiguous_format)
+        return on_large_pages(new)
 
     def finish(self) -> tuple[Tensor | None, Tensor | None]:
         """(dhidden, dweight) in the dtypes of their tensors."""

@@ -119,8 +119,9 @@ class RowStats(NamedTuple):
     logps: Tensor
     """z[target] - logsumexp(z), never above 0; exact also where it is nearly 0."""
     row_max: Tensor
+    """The largest logit, or one near it (streamed.py): what exponentials are taken relative to."""
     log_sum: Tensor
-    """log(sum exp(z - row_max)), at least 0."""
+    """log(sum exp(z - row_max))."""
     entropy: Tensor | None
     """-sum p log p in nats, where asked for."""
     entry_logps: Tensor | None = None

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from repo_ops.head import triton_rows
+from repo_ops.head import streamed, triton_rows
 from repo_ops.head.gemm import SLICE_BYTES
-from repo_ops.head.inputs import HeadInputs
+from repo_ops.head.inputs import HeadInputs, Wanted
+from repo_ops.head.pages import on_large_pages
 from repo_ops.head.torch_rows import BLOCK_BYTES
 from repo_ops.options import MIB, Options
 
@@ -33,10 +34,13 @@ class Plan:
     backend: str
     tiles_statistics: bool = False
     """Whether a sweep for statistics alone keeps its logits in registers (kernels/tiled_logps.py)."""
+    streams: bool = False
+    """Whether tiles hold exponentials only, their logits exist a slice of the vocabulary at a time (streamed.py)."""
 
     def new_tile(self, head: HeadInputs) -> Tensor:
         """[rows, V] uninitialised; one is reused by all chunks of a sweep."""
-        return head.hidden.new_empty((min(self.rows, head.num_rows), len(head.weight)), dtype=self.tile_dtype)
+        size = (min(self.rows, head.num_rows), len(head.weight))
+        return on_large_pages(head.hidden.new_empty(size, dtype=self.tile_dtype))
 
     def chunks(self, num_rows: int) -> Iterator[slice]:
         """Slices of at most `rows` rows, of equal size but for one row."""
@@ -60,14 +64,15 @@ class Plan:
         return chunks
 
 
-def make_plan(head: HeadInputs, options: Options) -> Plan:
-    """The plan for `head` within options.memory_budget.
+def make_plan(head: HeadInputs, options: Options, wanted: Wanted) -> Plan:
+    """The plan for `head` within options.memory_budget, for sweeps that ask for `wanted` at most.
 
     Raises:
         ValueError: the budget does not hold a single row, or the backend cannot run on these tensors.
     """
     hidden, weight = head.hidden, head.weight
-    tile_dtype = options.logits_dtype or head.exact_dtype
+    streams = options.logits_dtype is None and streamed.suits(head, wanted)
+    tile_dtype = torch.bfloat16 if streams else options.logits_dtype or head.exact_dtype
     vocab_size = head.largest_shard or len(weight)
     row_bytes = vocab_size * tile_dtype.itemsize
     # beside its logits a row holds its gathered hidden state, a scaled copy of it and its gradient
@@ -79,6 +84,8 @@ def make_plan(head: HeadInputs, options: Options) -> Plan:
         blocks = 1 + (3 if head.softcap is not None else 0) + 1
         fixed = blocks * max(BLOCK_BYTES, 4 * vocab_size * tile_dtype.itemsize)
         fixed += SLICE_BYTES if weight.dtype != tile_dtype else 0
+        if streams:  # a slice of logits, and the weights of its columns in float32
+            fixed = 2 * streamed.SLICE_BYTES
     elif backend == "torch":  # whose blocks of rows are whole tiles there
         row_bytes += (3 if head.softcap is None else 5) * vocab_size * tile_dtype.itemsize
     rows = GPU_ROWS if budget is None else (budget - fixed) // row_bytes
@@ -91,7 +98,7 @@ def make_plan(head: HeadInputs, options: Options) -> Plan:
     if hidden.device.type == "cpu" and not (gradient_dtype == torch.bfloat16 and tile_dtype == torch.float32):
         gradient_dtype = tile_dtype
     tiles = backend == "triton" and rows < min(TILED_BELOW, head.num_rows) and not triton_rows.why_not_tiled(head)
-    return Plan(rows, tile_dtype, gradient_dtype, backend, tiles)
+    return Plan(rows, tile_dtype, gradient_dtype, backend, tiles, streams)
 
 
 def choose_backend(hidden: Tensor, options: Options, tile_dtype: torch.dtype) -> str:

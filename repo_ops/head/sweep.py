@@ -15,7 +15,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from repo_ops.head import gemm, shards, torch_rows, triton_rows
+from repo_ops.head import gemm, shards, streamed, torch_rows, triton_rows
 from repo_ops.head.gradients import Gradients
 from repo_ops.head.inputs import HeadInputs, RowStats, Wanted
 from repo_ops.head.plan import Plan
@@ -35,7 +35,7 @@ def statistics(head: HeadInputs, plan: Plan, *, wanted: Wanted) -> RowStats:
         group, owned = head.tp_group, head.owned
         return found if group is None or owned is None else shards.combine(found, owned, group)
     stats = _new_stats(head, wanted)
-    tile = plan.new_tile(head)
+    tile = None if plan.streams else plan.new_tile(head)
     for chunk in plan.chunks(head.num_rows):
         _fill(stats, chunk, _tile_stats(head, plan, tile, chunk, wanted))
     return stats
@@ -62,15 +62,24 @@ def gradients(
     """Gradients of sum(dlogps * logps + dentropy * entropy) for coefficients that arrive after the statistics."""
     tile = plan.new_tile(head)
     for chunk in plan.chunks(head.num_rows):
-        _logits_(tile[: chunk.stop - chunk.start], head, chunk)
+        part, known = tile[: chunk.stop - chunk.start], stats.rows(chunk)
+        if plan.streams:
+            streamed.exponentiate_(part, head, chunk, known)
+        else:
+            _logits_(part, head, chunk)
         dh = None if dentropy is None else dentropy[chunk]
-        _add_gradients(head, plan, tile, chunk, stats.rows(chunk), dlogps[chunk], dh, grads, seen=False)
+        _add_gradients(head, plan, tile, chunk, known, dlogps[chunk], dh, grads, seen=plan.streams)
 
 
-def _tile_stats(head: HeadInputs, plan: Plan, tile: Tensor, chunk: slice, wanted: Wanted) -> RowStats:
-    part, rows = tile[: chunk.stop - chunk.start], triton_rows if plan.backend == "triton" else torch_rows
-    _logits_(part, head, chunk)
-    stats = rows.stats_(part, head.targets[chunk], head.scaling(chunk), wanted)
+def _tile_stats(head: HeadInputs, plan: Plan, tile: Tensor | None, chunk: slice, wanted: Wanted) -> RowStats:
+    part = None if tile is None else tile[: chunk.stop - chunk.start]
+    if plan.streams:
+        stats = streamed.stats(head, chunk, part)
+    else:
+        assert part is not None
+        _logits_(part, head, chunk)
+        rows = triton_rows if plan.backend == "triton" else torch_rows
+        stats = rows.stats_(part, head.targets[chunk], head.scaling(chunk), wanted)
     if head.tp_group is None or head.owned is None:
         return stats
     return shards.combine(stats, head.owned[chunk], head.tp_group)

@@ -30,7 +30,7 @@ def stats_(tile: Tensor, targets: Tensor, scaling: Scaling, wanted: Wanted) -> R
     entropy, sum_p2 = (tile.new_empty(rows, dtype=dtype) if want else None for want in (wanted.entropy, wanted.sum_p2))
     is_argmax = tile.new_empty(rows, dtype=torch.bool) if wanted.is_argmax else None
     for block in _blocks(tile):
-        z = _scale_(tile[block].to(dtype), scaling.rows(block))
+        z = scale_(tile[block].to(dtype), scaling.rows(block))
         where = targets[block, None]
         peak = z.amax(1, keepdim=True)
         z.sub_(peak)
@@ -58,7 +58,7 @@ def stats_(tile: Tensor, targets: Tensor, scaling: Scaling, wanted: Wanted) -> R
 def exponentiate_(tile: Tensor, stats: RowStats, scaling: Scaling) -> None:
     """The tile of logits becomes exp(z - row_max), as `stats_` leaves it, from statistics that are already known."""
     for block in _blocks(tile):
-        z = _scale_(tile[block].to(stats.row_max.dtype), scaling.rows(block))
+        z = scale_(tile[block].to(stats.row_max.dtype), scaling.rows(block))
         _store(tile[block], z.sub_(stats.row_max[block, None]).exp_())
 
 
@@ -147,7 +147,8 @@ def _blocks(tile: Tensor) -> Iterator[slice]:
         yield slice(start, min(start + step, rows))
 
 
-def _scale_(x: Tensor, scaling: Scaling) -> Tensor:
+def scale_(x: Tensor, scaling: Scaling) -> Tensor:
+    """x, raw logits [R, V], in place: with bias, scale, softcap and temperature."""
     if scaling.bias is not None:
         x.add_(scaling.bias)
     if scaling.softcap is None:

@@ -193,7 +193,7 @@ class _Statistics(torch.autograd.Function):
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, call: _Call
     ) -> tuple[Tensor | None, ...]:
         head = call.head(hidden, weight, bias, targets)
-        plan = make_plan(head, as_options(call.installed.options))
+        plan = make_plan(head, as_options(call.installed.options), call.wanted)
         with gemm.without_autocast(hidden):
             stats = sweep.statistics(head, plan, wanted=call.wanted)
             mean_logits = _mean_logits(head) if call.mean_logits else None
@@ -218,7 +218,7 @@ class _Statistics(torch.autograd.Function):
         with maybe_gather_lm_head_ctx(weight, bias), gemm.without_autocast(hidden):
             head = call.head(hidden, weight, bias, targets)
             grads = Gradients(head, [*ctx.needs_input_grad[:3], False, False])
-            plan = make_plan(head, as_options(call.installed.options))
+            plan = make_plan(head, as_options(call.installed.options), call.wanted)
             dlogps = torch.zeros_like(found.logps) if dlogps is None else dlogps
             sweep.gradients(head, plan, found, dlogps, dentropy, grads)
         call.installed.backwards += 1
