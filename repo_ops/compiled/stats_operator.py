@@ -74,8 +74,7 @@ def _stats(
         stats = sweep.statistics(head, plan, wanted=wanted)
         found = [stats.logps, stats.entropy, stats.sum_p2, stats.is_argmax, stats.row_max, stats.log_sum]
     else:
-        ids = support.checked(support_ids, head, where)
-        found = [*support.statistics(head, ids, plan, wanted), None, None]
+        found = [*support.statistics(head, support_ids, where, plan, wanted), None, None]
     absent = hidden.new_empty
     return tuple(
         absent(0, dtype=torch.bool if i == 3 else head.exact_dtype) if values is None else where.put(values)
