@@ -216,7 +216,14 @@ def test_first_places_by_hand() -> None:
         ({"answer_column": "awnser"}, r"answer_column: expected .* got 'awnser'; did you mean 'answer'\?"),
         ({"prompt_column": "level"}, "level: expected text or chat messages .* in row 0, got 0; clean the data"),
         ({"train_size": 20, "heldout_size": 5}, r"train_size, heldout_size: expected at most 24 rows .* got 20 \+ 5"),
-        ({"heldout_size": 24}, r"train_size, heldout_size: expected at most 24 rows .* got 0 \+ 24"),
+        (
+            {"heldout_size": 24},
+            "heldout_size: expected fewer than the 24 different prompts of .*, got 24; none would be",
+        ),
+        (
+            {"eval_data": "{tmp}/train.jsonl"},
+            "data: expected prompts that are not held out, got .*train.jsonl, all of whose prompts are in eval_data .*",
+        ),
         ({"reward": "{tmp}/mine.py:f"}, r"reward f: expected the data to have a column 'levle', .* mean 'level'\?"),
         ({"prompts_per_step": 25}, "prompts_per_step: expected 1 to the 24 prompts there are to train on, got 25"),
     ],

@@ -6,11 +6,13 @@ import math
 from pathlib import Path
 
 import pytest
+from fake_vllm import FakeVLLM
 
 from repo_ops.cli import main
 from repo_ops.trainer.config import TrainConfig
 from repo_ops.trainer.evaluate import bootstrap, evaluate, interval, pass_at_k
 from repo_ops.trainer.loop import held_out
+from repo_ops.trainer.models import load_model
 from repo_ops.trainer.rewards import Rewards
 from repo_ops.trainer.rollout import Completion
 from repo_ops.trainer.run import prepare
@@ -76,8 +78,9 @@ def test_by_hand():
         }
     )
     assert [call["greedy"] for call in engine.calls] == [True, False]
+    whole = {"top_k": 0, "top_p": 1.0}
     assert engine.calls[1] == {
-        "num_samples": 4, "greedy": False, "max_new_tokens": 3, "temperature": 0.7, "seed": 9
+        "num_samples": 4, "greedy": False, "max_new_tokens": 3, "temperature": 0.7, "seed": 9, **whole
     }  # fmt: skip
 
 
@@ -151,11 +154,36 @@ def test_the_command_gives_the_numbers_of_a_run_that_begins(tmp_path: Path, caps
     assert "pass@4" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("engine", ["hf", "vllm_server"])
+def test_samples_are_drawn_as_in_training_and_the_greedy_completion_is_not(tmp_path, engine):
+    """Among one token there is no choice: every sample is the greedy completion. With all of them they differ."""
+    same = {"model": "tiny", "task": "reverse", "heldout_size": 5, "train_size": 8, "seed": 3, "threads": 1}
+    same |= {"autocast": False, "max_new_tokens": 4}
+    numbers = {}
+    model, tokenizer = load_model("tiny", seed=3)
+    with FakeVLLM(model, tokenizer) as server:
+        for top_k in (0, 1):
+            own = {"engine": engine, "engine_args": {"url": server.url} if engine != "hf" else {}}
+            own |= {"output_dir": str(tmp_path / str(top_k)), "heldout_samples": 4, "reward": "prefix_match"}
+            run = prepare(TrainConfig(**same, **own, top_k=top_k))
+            run.engine.sync(0)
+            numbers[top_k] = held_out(run)
+    assert numbers[1]["eval/sampled_mean"] == numbers[1]["eval/greedy_mean"] == numbers[0]["eval/greedy_mean"]
+    assert numbers[0]["eval/sampled_mean"] != numbers[0]["eval/greedy_mean"]
+    if engine == "hf":
+        words = [word for name, value in {**same, "samples": 4, "top_k": 1}.items() for word in (f"--{name}", value)]
+        words += ["--reward", "prefix_match", "--output", str(tmp_path / "o.json")]
+        main(["evaluate", *(word if isinstance(word, str) else json.dumps(word) for word in words)])
+        found = json.loads((tmp_path / "o.json").read_text())["numbers"]
+        assert {f"eval/{name}": value for name, value in found.items()} == numbers[1]
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
         ([], "data, task: expected one of the two, got None and None"),
         (["--task", "copy", "--data", "x.jsonl"], "data, task: expected one of the two, got 'x.jsonl' and 'copy'"),
+        (["--task", "copy", "--top_p", "0.9"], "top_k, top_p: expected 0 and 1, or a top_k up to 512, got 0 and 0.9"),
         (["--task", "copy", "--chat", "true"], "chat: expected nothing without data"),
         (["--task", "copy", "--samples", "2", "--eval_k", "[3]"], "eval_k: expected numbers from 1 to"),
         (["--task", "copy", "--samples", "0", "--eval_k", "[1]"], "eval_k: expected none without samples"),

@@ -272,6 +272,33 @@ def test_too_many_steps_that_are_not_finite_lose_nothing_of_those_before(tmp_pat
     assert [each["step"] for each in read_metrics(tmp_path)] == [0, 1, 2]
 
 
+@pytest.mark.parametrize("top_k", [0, 5])
+def test_a_policy_that_computes_nan_is_said_in_a_sentence(tmp_path: Path, capsys, top_k: int) -> None:
+    words = arguments(
+        tmp_path / "run", **SHORT, lr=1e38, top_k=top_k, objective="grpo", replay=None, reward="prefix_match"
+    )
+    status, error = ends(capsys, words)
+    assert status == 1
+    assert one_sentence(error).startswith("engine: expected finite logits, got NaN or infinity from the model")
+    assert "Step 1 is saved in" in error
+
+
+def test_a_model_that_computes_nan_is_refused_at_the_start(tmp_path: Path, capsys) -> None:
+    model, tokenizer = load_model("tiny")
+    model.model.norm.weight.data.fill_(torch.nan)
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    capsys.readouterr()
+    name = ["--model", str(tmp_path / "model")]
+    status, error = ends(capsys, [*arguments(tmp_path / "run", **SHORT), *name])
+    assert status == 2
+    assert one_sentence(error).startswith("model: expected finite log-probabilities, got NaN or infinity from ")
+    status, error = ends(capsys, ["evaluate", *name, "--task", "reverse", "--threads", "1"])
+    assert status == 1
+    assert error.startswith("repo-ops evaluate: engine: expected finite logits, got NaN or infinity from the model")
+    assert len(error.splitlines()) == 1
+
+
 # ---- the disk ----
 
 

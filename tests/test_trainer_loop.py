@@ -229,9 +229,26 @@ def test_dynamic_sampling_fills_the_step_with_groups_that_differ(tmp_path: Path,
 def test_dynamic_sampling_that_finds_nothing_ends_and_says_so(tmp_path: Path, watched: Watched) -> None:
     reward = reward_file(tmp_path, "[0.0] * len(prompts)")
     train(prepared(tmp_path, reward=reward, dynamic_sampling_max_rounds=3, steps=2, heldout_size=0))
-    assert len(watched.generated) == 6
+    assert len(watched.generated) == 4  # the pool is two batches: a third would ask again
     assert [len(learned) for learned in watched.learned] == [16, 16]  # dead groups fill the step
     assert [line["learner/skipped"] for line in read_metrics(tmp_path)[1:]] == [1, 1]
+
+
+def test_dynamic_sampling_asks_a_prompt_once_in_a_step(tmp_path: Path, watched: Watched) -> None:
+    """Batches of 3 of 7: the next round over the pool begins within a step, and may hold what the step has had."""
+    settings = {"train_size": 7, "prompts_per_step": 3, "steps": 4, "heldout_size": 0}
+    reward = reward_file(tmp_path, "[0.0] * len(prompts)")
+    run = prepared(tmp_path, reward=reward, dynamic_sampling_max_rounds=5, **settings)
+    train(run)
+    calls, overlaps = iter(watched.generated), 0
+    for line in read_metrics(tmp_path)[1:]:
+        batches = [list(next(calls)) for _ in range(int(line["groups/rounds"]))]
+        prompts = [prompt for batch in batches for prompt in batch]
+        assert len(prompts) == len(set(prompts)) == 3 + line["groups/discarded"]
+        overlaps += any(len(batch) < 3 for batch in batches)
+    assert next(calls, None) is None
+    assert overlaps > 0
+    assert len(watched.generated) <= run.prompts.taken <= 4 * 5
 
 
 def test_rounds_that_are_not_needed_change_nothing(tmp_path: Path) -> None:

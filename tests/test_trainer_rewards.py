@@ -15,6 +15,7 @@ import torch
 
 from repo_ops.trainer.rewards import Rewards, exact_match, load_reward, reward_metrics, score
 from repo_ops.trainer.rewards.answers import number_match, prefix_match, soft_overlong
+from repo_ops.trainer.rewards.child import ChildLost
 from repo_ops.trainer.rewards.math_answers import MathVerify
 from repo_ops.trainer.rewards.score import missing_columns
 from repo_ops.trainer.rollout import Completion
@@ -386,13 +387,48 @@ def test_math_verify_compares_and_survives_what_hangs():
     assert (result.totals, result.timeouts) == ([None], 1)
     # left to itself the expression takes for ever; the slack is for a busy machine
     assert 1.0 <= time.monotonic() - start < 20.0
-    assert reward.timeouts == 1
 
     reward.child.seconds = 60.0
     result = score({"math": (reward, 1.0)}, ["p"] * 2, ["4", "4"], {"answer": ["2+2", "hello"]})
     assert result.totals == [1.0, None]
     assert "answer: expected a mathematical expression, got 'hello'" in result.errors["math"][0]
     reward.close()
+
+
+def test_math_verify_is_asked_once_about_each_completion(monkeypatch):
+    """Also where one runs out of time and another has an answer that cannot be read: no deadline is spent twice."""
+    reward = MathVerify()
+    asked = []
+
+    def result():
+        what = asked[-1]
+        if what == "hangs":
+            raise ChildLost("no answer within 5 s", timed_out=True)
+        if what == "dies":
+            raise ChildLost("its process ended with status -9", timed_out=False)
+        return what == "right", what != "unreadable"
+
+    monkeypatch.setattr(reward.child, "begin", lambda answer, completion: asked.append(completion))
+    monkeypatch.setattr(reward.child, "result", result)
+    texts = ["right", "hangs", "unreadable", "dies", "wrong"]
+    found = score({"math": (reward, 1.0)}, ["p"] * 5, texts, {"answer": ["1"] * 5})
+    assert asked == texts
+    assert (found.totals, found.timeouts) == ([1.0, None, None, None, 0.0], 1)
+    unreadable, died = found.errors["math"]
+    assert unreadable.startswith("answer: expected a mathematical expression, got '1'")
+    assert died == "its process ended with status -9"
+
+
+def test_an_exception_in_the_place_of_a_number_costs_that_sample():
+    """What asyncio.gather(..., return_exceptions=True) gives."""
+    asked = []
+
+    def reward(prompts, completions, **columns):
+        asked.append(len(completions))
+        return [1.0, TimeoutError("judge too slow"), None][: len(completions)]
+
+    found = score({"f": (reward, 1.0)}, PROMPTS, TEXTS, {})
+    assert (found.totals, found.errors, asked) == ([1.0, None, None], {"f": ["TimeoutError: judge too slow"]}, [3])
 
 
 def test_math_verify_refuses_a_deadline_of_nothing():

@@ -134,6 +134,11 @@ def _compare_with_separate_rows(backbone: Backbone) -> None:
         with backbone.precision():
             logits = backbone.model(input_ids=row, use_cache=False).logits[0, len(prompt) - 1 : -1]
         separate.append(logits.float().log_softmax(-1).gather(-1, row[0, len(prompt) :, None])[:, 0])
+    if not torch.cat(separate).isfinite().all():
+        raise ValueError(
+            f"model: expected finite log-probabilities, got NaN or infinity from {type(backbone.model).__name__}; its "
+            "weights are not finite, or its layers overflow: look at the weights, or try --autocast false"
+        )
     gap = (packed - torch.cat(separate)).abs().max().item()
     exact = backbone.autocast is None and next(backbone.model.parameters()).dtype != torch.bfloat16
     # float32 differs by 1e-6; bfloat16 rounds to a few hundredths where a wrong mask gives whole nats

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Sequence
+from functools import partial
+from typing import Any
 
 from repo_ops.trainer.distributed import Ranks
 from repo_ops.trainer.rewards import Rewards
@@ -25,6 +27,8 @@ def evaluate(
     num_samples: int,
     max_new_tokens: int,
     temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
     ks: Sequence[int] = (1,),
     success: float = 1.0,
     seed: int = 0,
@@ -38,7 +42,7 @@ def evaluate(
             reported for each source by itself, under "<source>/".
         rewards: means are of the weighted sum; whether a completion is right, the first function alone decides.
         num_samples: sampled completions of a prompt; 0 evaluates greedily only.
-        temperature: of the samples.
+        temperature, top_k, top_p: of the samples; the greedy completion knows none of them.
         ks: pass@k for these k <= num_samples.
         success: least value of the first reward that counts as solved.
         seed: of the samples. The same seed before and after training compares like with like.
@@ -62,22 +66,13 @@ def evaluate(
             )
     if not examples:
         return {}
-    sampling = {"max_new_tokens": max_new_tokens, "seed": seed}
-    ranks = ranks or Ranks()
-    groups = _outcomes(engine, examples, rewards, num_samples=1, temperature=1.0, greedy=True, ranks=ranks, **sampling)
-    greedy = [group[0] for group in groups]
+    asked = partial(
+        _outcomes, engine, examples, rewards, max_new_tokens=max_new_tokens, seed=seed, ranks=ranks or Ranks()
+    )
+    greedy = [group[0] for group in asked(num_samples=1, temperature=1.0, greedy=True)]
     sampled: list[list[_Outcome]] = []
     if num_samples:
-        sampled = _outcomes(
-            engine,
-            examples,
-            rewards,
-            num_samples=num_samples,
-            temperature=temperature,
-            greedy=False,
-            ranks=ranks,
-            **sampling,
-        )
+        sampled = asked(num_samples=num_samples, temperature=temperature, top_k=top_k, top_p=top_p)
 
     def summary(chosen: Sequence[int]) -> dict[str, float]:
         return _summary([greedy[i] for i in chosen], [sampled[i] for i in chosen if num_samples], ks, success)
@@ -148,20 +143,12 @@ def _outcomes(
     *,
     num_samples: int,
     max_new_tokens: int,
-    temperature: float,
-    greedy: bool,
-    seed: int,
     ranks: Ranks,
+    **sampling: Any,
 ) -> list[list[_Outcome]]:
     """For every example what its completions came to."""
-    groups = engine.generate(
-        [example.prompt for example in examples],
-        num_samples=num_samples,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        greedy=greedy,
-        seed=seed,
-    )
+    prompts = [example.prompt for example in examples]
+    groups = engine.generate(prompts, num_samples=num_samples, max_new_tokens=max_new_tokens, **sampling)
     rows = [(example, completion) for example, group in zip(examples, groups, strict=True) for completion in group]
     scores = ranks.from_first(lambda: rewards.score(rows, max_new_tokens=max_new_tokens))
     deciding = next(iter(scores.parts.values()))

@@ -56,6 +56,11 @@ class Evaluation:
     """Least value of the (first) reward that counts as solved."""
     temperature: float = 1.0
     """Divides the logits when sampling (> 0)."""
+    top_k: int = 0
+    """Sample among the k most probable tokens only (0: all; at most 512), as in training."""
+    top_p: float = 1.0
+    """Of these, sample among the most probable ones that reach this probability, in (0, 1]; below 1 it wants a
+    top_k."""
     max_new_tokens: int | None = None
     """Longest completion, tokens (none: the task's own; 256 for data)."""
     stop: list[str] | None = None
@@ -141,6 +146,8 @@ def run_evaluation(settings: Evaluation, console: Console | None = None) -> dict
         num_samples=settings.samples,
         max_new_tokens=settings.max_new_tokens or task.max_new_tokens,
         temperature=settings.temperature,
+        top_k=settings.top_k,
+        top_p=settings.top_p,
         ks=config.pass_at,
         success=settings.eval_success,
         seed=settings.seed * 1_000_003,  # as at step 0 of a run

@@ -72,7 +72,8 @@ def collect(run: Run, step: int) -> Collected:
     """The groups of a step, freshly generated and scored.
 
     With dynamic sampling (dynamic_sampling_max_rounds > 1) batches of prompts are taken until prompts_per_step groups
-    have different rewards, or the rounds are used up; dead groups then fill the places that are left.
+    have different rewards, or the rounds are used up; dead groups then fill the places that are left. A prompt is asked
+    once in a step: a later batch, of the next time round the pool, goes without those that the step has had.
     Source: arXiv:2503.14476, section 3.2.
     """
     config, wanted = run.config, run.config.prompts_per_step
@@ -80,7 +81,10 @@ def collect(run: Run, step: int) -> Collected:
     scores: list[Scores] = []
     seconds = 0.0
     for round_ in range(config.dynamic_sampling_max_rounds):
-        examples = run.prompts.take()
+        seen = {group.example.prompt for group in generated}
+        examples = [example for example in run.prompts.take() if example.prompt not in seen]
+        if not examples:
+            continue
         started = time.perf_counter()
         completions = run.engine.generate(
             [example.prompt for example in examples],
@@ -98,7 +102,7 @@ def collect(run: Run, step: int) -> Collected:
         scored = run.learner.ranks.from_first(partial(run.rewards.score, rows, max_new_tokens=run.max_new_tokens))
         scores.append(scored)
         generated += scored_groups(run, examples, completions, scored)
-        if sum(group.varied for group in generated) >= wanted:
+        if sum(group.varied for group in generated) >= wanted or len(generated) == len(run.task.train):
             break
     varied_first = sorted(range(len(generated)), key=lambda i: not generated[i].varied)
     groups = [generated[i] for i in sorted(varied_first[:wanted])]

@@ -101,6 +101,8 @@ def held_out(run: Run) -> dict[str, float]:
         num_samples=samples,
         max_new_tokens=run.max_new_tokens,
         temperature=run.config.temperature,
+        top_k=run.config.top_k,
+        top_p=run.config.top_p,
         ks=run.config.pass_at,
         success=run.config.eval_success,
         seed=seed_of(run.config, 0),

@@ -121,8 +121,18 @@ def open_data(
         if len(fresh) < len(keep):
             notes.append(f"data: {len(keep) - len(fresh)} of {len(keep)} prompts left out, they are held out")
         keep = fresh
+        if len(keep) == 0:
+            raise ValueError(
+                f"data: expected prompts that are not held out, got {data}, all of whose prompts are in eval_data "
+                f"{', '.join(eval_data)} too; name other data, or drop eval_data and set heldout_size"
+            )
     split = 0 if eval_data else heldout_size or 0
     wanted = len(keep) - split if train_size is None else train_size
+    if train_size is None and wanted < 1:
+        raise ValueError(
+            f"heldout_size: expected fewer than the {len(keep)} different prompts of {data}, got {split}; none would "
+            "be left to train on"
+        )
     if not 1 <= wanted <= len(keep) - split:
         raise ValueError(
             f"train_size, heldout_size: expected at most {len(keep)} rows of {data} in all, got {wanted} + {split}"

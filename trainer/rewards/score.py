@@ -16,7 +16,7 @@ from repo_ops.trainer.rewards.serve import describe, plain
 
 __all__ = ["RewardFunction", "Scores", "accepted_columns", "missing_columns", "score"]
 
-# f(prompts, completions, **columns) -> one number a completion, or None to leave that sample out
+# f(prompts, completions, **columns) -> one number a completion; None leaves that sample out, an exception too
 RewardFunction = Callable[..., Any]
 
 
@@ -44,8 +44,9 @@ def score(
 
     Functions in child processes and async ones work at the same time, others one after the other. Nothing that a
     function does ends the caller: one that raises, or returns something other than one number or None a completion, is
-    asked again sample by sample, so that only the samples it fails on are lost, each with a message in `errors`. One
-    that passes its deadline, or whose process dies, loses the whole batch.
+    asked again sample by sample, so that only the samples it fails on are lost, each with a message in `errors`. An
+    exception that it returns in the place of a number loses that sample. One that passes its deadline, or whose process
+    dies, loses the whole batch.
 
     Args:
         rewards: name -> (function, weight). A function with a parameter `completions` gets everything by keyword,
@@ -62,18 +63,17 @@ def score(
         if len(values) != len(completions):
             raise ValueError(f"{name}: expected {len(completions)} values, one a completion, got {len(values)}")
     batch = _Batch(list(prompts), list(completions), columns)
-    before = _timeouts(rewards)
-    parts, errors, lost = {}, {}, 0
+    parts, errors, timeouts = {}, {}, 0
     for name, outcome in _ask_all({name: function for name, (function, _) in rewards.items()}, batch).items():
         parts[name], failures, timed_out = _settled(rewards[name][0], batch, outcome)
-        lost += timed_out
+        timeouts += timed_out
         if failures:
             errors[name] = failures
     totals: list[float | None] = []
     for i in range(len(completions)):
         values = [(part[i], rewards[name][1]) for name, part in parts.items()]
         totals.append(None if any(v is None for v, _ in values) else sum(v * w for v, w in values if v is not None))
-    return Scores(totals, parts, errors, _timeouts(rewards) - before + lost)
+    return Scores(totals, parts, errors, timeouts)
 
 
 def accepted_columns(function: RewardFunction, columns: Sequence[str]) -> list[str]:
@@ -172,17 +172,17 @@ def _gathered(awaitables: list[Any]) -> list[Any]:
 def _settled(function: RewardFunction, batch: _Batch, outcome: Any) -> tuple[list[float | None], list[str], int]:
     """The rewards of a batch out of what the function returned or raised; messages of what failed; time-outs."""
     if isinstance(outcome, ChildLost):
-        count = len(batch)
-        return [None] * count, [] if outcome.timed_out else [str(outcome)] * count, count * outcome.timed_out
+        outcome = [outcome] * len(batch)
     if not isinstance(outcome, Exception):
         outcome = plain(outcome)
         problem = _not_a_list(outcome, len(batch))
         if problem is None:
-            numbers = [_number(value) for value in outcome]
-            return [n for n, _ in numbers], [text for _, text in numbers if text is not None], 0
+            late = [isinstance(value, ChildLost) and value.timed_out for value in outcome]
+            numbers = [(None, None) if timed_out else _number(value) for value, timed_out in zip(outcome, late)]
+            return [n for n, _ in numbers], [text for _, text in numbers if text is not None], sum(late)
         outcome = CallFailed(problem)
     if len(batch) == 1:
-        return [None], [str(outcome) if isinstance(outcome, CallFailed) else describe(outcome)], 0
+        return [None], [_message(outcome)], 0
     values: list[float | None] = []
     messages: list[str] = []
     timed_out = 0
@@ -208,6 +208,8 @@ def _number(value: Any) -> tuple[float | None, str | None]:
     """The reward as a float, or None and why it is none."""
     if value is None:
         return None, None
+    if isinstance(value, Exception):
+        return None, _message(value)
     try:
         number = math.nan if isinstance(value, str) else float(value)
     except (TypeError, ValueError):
@@ -215,6 +217,6 @@ def _number(value: Any) -> tuple[float | None, str | None]:
     return (number, None) if math.isfinite(number) else (None, f"returned {value!r}, expected a finite number or None")
 
 
-def _timeouts(rewards: Mapping[str, tuple[RewardFunction, float]]) -> int:
-    """Samples that functions with a deadline of their own have left out so far."""
-    return sum(getattr(function, "timeouts", 0) for function, _ in rewards.values())
+def _message(error: Exception) -> str:
+    """What went wrong; our own exceptions say it themselves."""
+    return str(error) if isinstance(error, (CallFailed, ChildLost)) else describe(error)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from repo_ops.trainer.rollout import (
     Completion,
+    EngineError,
     GenerationStopped,
     decode_completion,
     encode_prompts,
@@ -26,6 +27,10 @@ if TYPE_CHECKING:
 # machine, 8 prompts of 22 tokens x 8 samples of 3 to 8 tokens, CPU seconds in one run: 2.8 to 3.1 at any share up to
 # 0.5, 3.9 where all stay to the end, 8.5 where each sample also computes its own prompt.
 DROP_AT = 0.25
+NOT_FINITE = (
+    "engine: expected finite logits, got NaN or infinity from the model; its weights are not finite, or its layers "
+    "overflow: look at the weights, or try --autocast false"
+)
 
 
 class HFGenerate:
@@ -107,6 +112,7 @@ class HFGenerate:
                 With top_k or top_p those that could not be drawn have -inf.
         Raises:
             ValueError: an argument out of range, or a prompt without tokens.
+            EngineError: the model's logits are not finite.
             GenerationStopped: `should_stop` came true.
         """
         check_sampling(num_samples, max_new_tokens, temperature, top_k, top_p)
@@ -131,6 +137,8 @@ class HFGenerate:
                 rows = order[start : start + self.max_batch_size]
                 sampler.begin(uniforms[rows].to(self.model.device))
                 self._generate_batch([encoded[owners[row]] for row in rows], sampler, max_new_tokens)
+                if not sampler.all_finite():
+                    raise EngineError(NOT_FINITE)
                 completions.update(zip(rows, self._completions(sampler)))
         return [[completions[i * num_samples + j] for j in range(num_samples)] for i in range(len(prompts))]
 

@@ -55,6 +55,10 @@ class Sampler(LogitsProcessor):
         self.rows = torch.arange(len(uniforms), device=uniforms.device)
         self.prompt_width = 0
 
+    def all_finite(self) -> bool:
+        """Whether every token of the batch had a probability."""
+        return bool(self.logps.isfinite().all())
+
     def keep(self, live: Tensor) -> None:
         """Goes on with these of the present sequences only. live: [n] positions among them."""
         self.rows = self.rows[live]
@@ -114,7 +118,8 @@ def inverse_cdf(logps: Tensor, uniforms: Tensor) -> Tensor:
     total = cdf[:, -1:]
     # rounding may lift u * total to total itself, which no token exceeds
     threshold = torch.minimum(uniforms[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
-    return torch.searchsorted(cdf, threshold, right=True).squeeze(1)
+    # no NaN exceeds one either: the last token stands for it, until `all_finite` is asked
+    return torch.searchsorted(cdf, threshold, right=True).squeeze(1).clamp_max(logps.shape[1] - 1)
 
 
 def truncated(logps: Tensor, top_k: int, top_p: float) -> Tensor:
