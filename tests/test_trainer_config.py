@@ -8,8 +8,14 @@ from pathlib import Path
 import pytest
 
 import repo_ops.trainer
-from repo_ops.trainer.config import TrainConfig, learning_rate, parse_config, save_config
+from repo_ops.trainer.config import ELSEWHERE, TrainConfig, learning_rate, parse_config, save_config
 from repo_ops.trainer.demo import Demo, parse_demo
+
+
+def test_names_given_for_those_of_trl_are_settings() -> None:
+    settings = {each.name for each in fields(TrainConfig)}
+    assert not settings & {*ELSEWHERE}
+    assert {name.split(".")[0] for name in ELSEWHERE.values()} <= settings
 
 
 def refused(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> str:
@@ -26,6 +32,8 @@ def refused(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> str:
         (["--group-size=4"], "unknown key 'group-size'; did you mean 'group_size'?"),
         (["--objectiv_args.eps_high", "0.3"], "unknown key 'objectiv_args'; did you mean 'objective_args'?"),
         (["--zzz"], "unknown key 'zzz'; see --help"),
+        (["--learning_rate", "1e-6"], "unknown key 'learning_rate'; what TRL calls so is 'lr' here"),
+        (["--epsilon_high=0.28"], "unknown key 'epsilon_high'; what TRL calls so is 'objective_args.eps_high' here"),
         (["--group_size", "1"], "group_size: expected at least 2, got 1"),
         (["--steps=0"], "steps: expected at least 1, got 0"),
         (["--threads", "0"], "threads: expected at least 1, got 0"),

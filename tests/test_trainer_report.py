@@ -9,7 +9,7 @@ from rich.console import Console
 
 from repo_ops.trainer.log import RunLog, read_metrics
 from repo_ops.trainer.report import draw_report
-from repo_ops.trainer.summary import summarize_run, summary_rows, summary_table
+from repo_ops.trainer.summary import show_run, summarize_run, summary_rows, summary_table
 
 
 def line(step: int, reward: float, **more: float) -> dict[str, float]:
@@ -88,6 +88,14 @@ def test_summary_by_hand(tmp_path: Path) -> None:
 def test_a_run_without_evaluation_or_replay_has_a_table_too() -> None:
     found = summarize_run([{"step": 1, **line(1, 0.5)}])
     assert not any("eval" in name or "ess" in name for name in found)
+
+
+@pytest.mark.parametrize(("effective", "says"), [(0.0, True), (0.25, False)])
+def test_a_run_that_learned_nothing_says_so(tmp_path: Path, effective: float, says: bool) -> None:
+    out = StringIO()
+    found = summarize_run([{"step": 1, **line(1, 0.5), "groups/effective": effective}])
+    show_run(found, folder=tmp_path, console=Console(file=out, width=200))
+    assert ("nothing was learned" in out.getvalue()) == says
 
 
 @pytest.mark.parametrize("names", [["one"], ["one", "two"]])

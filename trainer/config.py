@@ -383,8 +383,35 @@ def _keys_of(path: Path, error: Any) -> list[str]:
     return [str(key) for key in content]
 
 
+ELSEWHERE = {
+    "model_name_or_path": "model",
+    "dataset_name": "data",
+    "reward_funcs": "reward",
+    "learning_rate": "lr",
+    "lr_scheduler_type": "schedule",
+    "warmup_steps": "warmup",
+    "max_steps": "steps",
+    "num_generations": "group_size",
+    "per_device_train_batch_size": "prompts_per_step",
+    "max_completion_length": "max_new_tokens",
+    "max_prompt_length": "max_prompt_tokens",
+    "loss_type": "objective",
+    "epsilon": "objective_args.eps_low",
+    "epsilon_high": "objective_args.eps_high",
+    "logging_steps": "log_steps",
+    "save_total_limit": "keep_last",
+    "resume_from_checkpoint": "resume",
+    "gradient_checkpointing": "recompute_layers",
+    "use_vllm": "engine",
+    "lora_r": "lora_rank",
+}
+"""Names that users of TRL try first, and ours. Where both count differently (a batch of prompts), --help says how."""
+
+
 def _require_known(name: str, known: list[str], where: str, error: Any) -> None:
     if name not in known:
+        if name in ELSEWHERE and ELSEWHERE[name].split(".")[0] in known:
+            error(f"{where}unknown key {name!r}; what TRL calls so is {ELSEWHERE[name]!r} here")
         near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
         error(f"{where}unknown key {name!r}" + (f"; did you mean {near[0]!r}?" if near else "; see --help"))
 

@@ -41,8 +41,8 @@ def patch_causal_lm(model: Any) -> Callable[[], None]:
         RuntimeError: it is patched already, or its forward does not call its output embedding once.
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    if not isinstance(base, nn.Module):
-        raise TypeError(f"model: expected a causal language model of transformers, got {type(base).__name__}")
+    if not issubclass(kind := type(base), nn.Module):
+        raise TypeError(f"model: expected a causal language model of transformers, got {kind.__name__}")
     if _PATCH in base.__dict__:
         raise RuntimeError("model: its forward is patched already; call the function that the first patch returned")
     find_head(base)
