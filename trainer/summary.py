@@ -82,6 +82,6 @@ def show_run(found: Mapping[str, float], *, folder: Path, console: Console | Non
     console = console or Console()
     console.print(summary_table({"": found}, title="Result"))
     if found.get("groups/effective") == 0:
-        why = "nothing was learned: no step had a prompt whose completions got different rewards; report.html shows some"
+        why = "nothing was learned: no step had a prompt whose completions got different rewards (see report.html)"
         console.print(why, highlight=False, soft_wrap=True)
     console.print(f"metrics, report.html and model: {folder}", highlight=False, soft_wrap=True)
