@@ -81,6 +81,14 @@ def test_larger_budgets(budget, N):
     assert 0.45 * budget <= watch.peak <= budget
 
 
+@pytest.mark.parametrize(("objective", "dtype"), [("grpo", BF16), (None, F32)])
+def test_a_support_of_512_tokens_within_the_budget(objective, dtype):
+    # the ids alone are as large as the budget, logits half as large
+    N, V, budget = 8192, 1024, 32 * MIB
+    ids = torch.arange(512).repeat(N // 8, 8, 1)
+    assert extra_bytes(N, 4, V, budget, dtype=dtype, objective=objective, entropy=True, support_ids=ids) <= budget
+
+
 @pytest.mark.parametrize("objective", ["grpo", "gspo", None])
 def test_flat_when_tokens_double(objective):
     # at most 128 bytes a token: statistics, coefficients and weights of the token, none of them of size D or V

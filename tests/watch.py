@@ -45,7 +45,10 @@ class Watch(TorchDispatchMode):
         if name in ("mm", "addmm", "addmm_"):
             left, right = args[:2] if name == "mm" else args[1:3]
             self.products.append((*left.shape, right.shape[1]))
-        elif name in ("bmm", "matmul", "linear", "baddbmm", "einsum", "addbmm"):
+        elif name == "bmm":
+            (batch, rows, inner), columns = args[0].shape, args[1].shape[2]
+            self.products.append((batch * rows, inner, columns))
+        elif name in ("matmul", "linear", "baddbmm", "einsum", "addbmm"):
             raise NotImplementedError(f"{name}: count its multiply-adds here")
         for tensor in _tensors(out):
             storage = tensor.untyped_storage()

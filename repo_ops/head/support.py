@@ -1,33 +1,45 @@
 """Log-probabilities over the tokens that a truncated sampler kept: a gathered product instead of a vocabulary.
 
 A sampler with top-k, top-p or min-p renormalises over the tokens it keeps, so the policy's log-probability must be
-taken over the same set; over the whole vocabulary every importance ratio is biased. [N, K] logits with K <= 512 are
-small, so everything after the gathered product is ordinary PyTorch.
+taken over the same set; over the whole vocabulary every importance ratio is biased. Rows are taken a chunk at a time,
+and gathered a second time in the backward: ids and logits of all of them would not fit a small memory budget.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from repo_ops.arguments import Layout, check_values
 from repo_ops.head.gemm import without_autocast
-from repo_ops.head.inputs import HeadInputs, Wanted
+from repo_ops.head.inputs import HeadInputs, Scaling, Wanted
 from repo_ops.head.plan import Plan
 
 MAX_SUPPORT = 512
 NOT_KEPT = -1
 
 
-def checked(support_ids: Tensor, head: HeadInputs, where: Layout) -> Tensor:
-    """[N, K + 1] ids of the live rows: the target, then the others that were kept, NOT_KEPT for padding.
+class SupportStats(NamedTuple):
+    """Statistics of each live row over the ids that were kept, [N]; None what was not asked for."""
+
+    logps: Tensor
+    """Of the target; attached."""
+    entropy: Tensor | None
+    """Attached."""
+    sum_p2: Tensor | None
+    is_argmax: Tensor | None
+
+
+def statistics(head: HeadInputs, support_ids: Tensor, where: Layout, plan: Plan, wanted: Wanted) -> SupportStats:
+    """Statistics over `support_ids` [*targets, K], NOT_KEPT for padding, of the rows of `where`, which are `head`'s.
 
     The target is always kept, so that a row without any id has log-probability 0.
 
     Raises:
-        TypeError, ValueError: a wrong dtype or shape, an id out of range, or a sharded vocabulary.
+        TypeError, ValueError: a wrong dtype or shape, an id out of range or twice in a row, or a sharded vocabulary.
     """
     if head.tp_group is not None:
         raise ValueError("support_ids: expected None with tp_group; a support is small, so gather the head's rows")
@@ -40,81 +52,151 @@ def checked(support_ids: Tensor, head: HeadInputs, where: Layout) -> Tensor:
             f"support_ids: expected shape {[*where.shape, 'K']} with 0 < K <= {MAX_SUPPORT}, "
             f"got {list(support_ids.shape)}"
         )
-    flat = support_ids.reshape(-1, support_ids.shape[-1]).to(torch.int64)
-    live = flat if where.rows is None else flat.index_select(0, where.rows)
-    ok = ((live >= NOT_KEPT) & (live < len(head.weight))).all()
-    check_values("support_ids", ok, f"ids from 0 to {len(head.weight) - 1}, -1 for padding", "pad with -1")
-    in_order = live.sort(1).values
+    flat = support_ids.reshape(-1, support_ids.shape[-1])
+    return SupportStats(*_OverSupport.apply(*head.tensors, head, flat, _chunk_rows(head, flat, plan), wanted))
+
+
+class _OverSupport(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor | None, ...]:
+        *tensors, head, support_ids, rows, wanted = arguments
+        found = []
+        with without_autocast(head.hidden):
+            for chunk in _chunks(head, rows):
+                given = _given(head, support_ids, chunk)
+                _check_ids(given, len(head.weight))
+                ids, kept = _with_target(head, given, chunk)
+                found.append(_reduced(_log_p(head, ids, kept, chunk)[0], wanted))
+        joined = [None if parts[0] is None else torch.cat(parts) for parts in zip(*found, strict=True)]
+        stats = SupportStats(*joined)  # type: ignore[arg-type]
+        ctx.save_for_backward(*tensors, support_ids, stats.entropy)
+        ctx.head, ctx.rows = head, rows
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*(values for values in stats[2:] if values is not None))
+        return tuple(stats)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dlogps: Tensor | None, dentropy: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        *tensors, support_ids, entropy = ctx.saved_tensors
+        head, needs = ctx.head, ctx.needs_input_grad
+        # a row's gradient is written once; those of weights and bias are sums
+        grads = [
+            torch.zeros_like(tensor, dtype=tensor.dtype if i in (0, 3) else head.exact_dtype)
+            if tensor is not None and needs[i]
+            else None
+            for i, tensor in enumerate(tensors)
+        ]
+        with without_autocast(head.hidden):
+            for chunk in _chunks(head, ctx.rows):
+                ids, kept = _with_target(head, _given(head, support_ids, chunk), chunk)
+                log_p, slope = _log_p(head, ids, kept, chunk)
+                dlogits = _dlogits(
+                    log_p,
+                    None if dlogps is None else dlogps[chunk],
+                    None if dentropy is None else (dentropy[chunk], entropy[chunk]),
+                ).mul_(slope)
+                _add(grads, head, ids, chunk, dlogits)
+        found = [None if g is None else g.to(t.dtype) for g, t in zip(grads, tensors, strict=True)]
+        return (*found, None, None, None, None)
+
+
+def _chunk_rows(head: HeadInputs, support_ids: Tensor, plan: Plan) -> int:
+    """Rows whose ids, logits and gathered weights fit the memory of a tile of the plan."""
+    K, exact = support_ids.shape[1] + 1, head.exact_dtype.itemsize
+    # weights as they are and in full precision, or the outer products of the weight's gradient with a copy in its sums
+    gathered = sum(2 * exact * weight.shape[1] for _, weight in head.products)
+    row_bytes = K * (gathered + 8 * 4 + exact * 6)
+    return max(1, plan.rows * len(head.weight) * plan.tile_dtype.itemsize // row_bytes)
+
+
+def _chunks(head: HeadInputs, rows: int) -> Iterator[slice]:
+    """Slices of live rows; one of no rows where there are none."""
+    for start in range(0, max(head.num_rows, 1), rows):
+        yield slice(start, min(start + rows, head.num_rows))
+
+
+def _given(head: HeadInputs, support_ids: Tensor, chunk: slice) -> Tensor:
+    """[C, K] int64 ids of some live rows, as they were given for every position."""
+    return head.rows_of(support_ids, chunk).to(torch.int64)
+
+
+def _check_ids(ids: Tensor, vocab_size: int) -> None:
+    ok = ((ids >= NOT_KEPT) & (ids < vocab_size)).all()
+    check_values("support_ids", ok, f"ids from 0 to {vocab_size - 1}, -1 for padding", "pad with -1")
+    in_order = ids.sort(1).values
     twice = (in_order[:, 1:] == in_order[:, :-1]) & (in_order[:, 1:] != NOT_KEPT)
     check_values("support_ids", ~twice.any(), "each id once a row", "a token listed twice would count twice")
-    target = head.targets[:, None]
-    return torch.cat([target, torch.where(live == target, NOT_KEPT, live)], 1)
 
 
-def statistics(
-    head: HeadInputs, ids: Tensor, plan: Plan, wanted: Wanted
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """[N] log-probability of the target within `ids` [N, K + 1] and entropy over them, attached; sum p^2; argmax."""
-    kept = ids != NOT_KEPT
-    ids = ids.clamp_min(0)
-    z = sum(_GatheredProduct.apply(*product, ids, head, plan) for product in head.products)
-    assert isinstance(z, Tensor)
-    if head.bias is not None:
-        z = z + head.bias[ids].to(z.dtype)
-    z = z * head.logit_scale
-    if head.softcap is not None:
-        z = head.softcap * torch.tanh(z / head.softcap)
-    inv = head.inv_temperature
-    z = z * (inv[:, None] if isinstance(inv, Tensor) else inv)
-    log_p = torch.where(kept, z, -float("inf")).log_softmax(1)
-    # 0 * -inf in value and gradient, where a token was not kept
-    finite = torch.where(kept, log_p, 0.0)
+def _with_target(head: HeadInputs, given: Tensor, chunk: slice) -> tuple[Tensor, Tensor]:
+    """[C, K + 1] ids, the target first, with any id in places that were not kept; bool, which were."""
+    target = head.targets[chunk, None]
+    kept = torch.cat([torch.ones_like(target, dtype=torch.bool), (given != NOT_KEPT) & (given != target)], 1)
+    return torch.cat([target, given], 1).clamp_min_(0), kept
+
+
+def _log_p(head: HeadInputs, ids: Tensor, kept: Tensor, chunk: slice) -> tuple[Tensor, Tensor | float]:
+    """[C, K + 1] log-probabilities among what was kept, -inf elsewhere; what d log_p / d (hidden weight^T) adds."""
+    z = None
+    for hidden, weight in head.products:
+        rows = head.rows_of(hidden, chunk).to(head.exact_dtype)
+        part = torch.bmm(weight[ids].to(rows.dtype), rows[:, :, None])[:, :, 0]
+        z = part if z is None else z.add_(part)
+    assert z is not None
+    scaling = head.scaling(chunk)
+    if scaling.bias is not None:
+        z.add_(scaling.bias[ids])
+    slope = scaling.factor()
+    if scaling.softcap is None:
+        z.mul_(slope)
+    else:
+        capped = z.mul_(scaling.logit_scale / scaling.softcap).tanh_()
+        slope = (1 - capped.square()).mul_(slope)
+        z = capped.mul_(Scaling(None, scaling.inv_temperature, scaling.softcap, None).factor())
+    return z.masked_fill_(~kept, -float("inf")).log_softmax(1), slope
+
+
+def _reduced(log_p: Tensor, wanted: Wanted) -> tuple[Tensor | None, ...]:
+    """What `SupportStats` holds, of some rows."""
+    p = log_p.exp() if wanted.entropy or wanted.sum_p2 else None
     return (
-        log_p[:, 0],
-        -(finite.exp() * finite * kept).sum(1) if wanted.entropy else None,
-        log_p.detach().exp().square().sum(1) if wanted.sum_p2 else None,
+        log_p[:, 0].clone(),  # a view would keep all of it
+        None if p is None or not wanted.entropy else -(p * _finite(log_p)).sum(1),
+        None if p is None or not wanted.sum_p2 else p.square().sum(1),
         log_p[:, 0] >= log_p.amax(1) if wanted.is_argmax else None,
     )
 
 
-class _GatheredProduct(torch.autograd.Function):
-    """[N, K] dot products of each live row with its own K rows of the weight, in float32, a chunk of rows at a time."""
-
-    @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, ids: Tensor, head: HeadInputs, plan: Plan) -> Tensor:
-        ctx.save_for_backward(hidden, weight, ids)
-        ctx.head, ctx.rows = head, _chunk_rows(ids, weight, plan)
-        found = hidden.new_empty(ids.shape, dtype=head.exact_dtype)
-        with without_autocast(hidden):
-            for chunk in _chunks(ids, ctx.rows):
-                rows = head.rows_of(hidden, chunk).to(found.dtype)
-                found[chunk] = torch.bmm(weight[ids[chunk]].to(found.dtype), rows[:, :, None])[:, :, 0]
-        return found
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, dlogits: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, ids = ctx.saved_tensors
-        head, dtype = ctx.head, dlogits.dtype
-        dhidden = torch.zeros_like(hidden) if ctx.needs_input_grad[0] else None
-        dweight = torch.zeros_like(weight, dtype=dtype) if ctx.needs_input_grad[1] else None
-        for chunk in _chunks(ids, ctx.rows):
-            if dhidden is not None:
-                with without_autocast(hidden):
-                    grad = torch.bmm(dlogits[chunk, None, :], weight[ids[chunk]].to(dtype))[:, 0]
-                dhidden[chunk if head.rows is None else head.rows[chunk]] = grad.to(dhidden.dtype)
-            if dweight is not None:
-                outer = dlogits[chunk, :, None] * head.rows_of(hidden, chunk).to(dtype)[:, None, :]
-                # index_put sorts where index_add would use atomics: the same bits on every run
-                dweight.index_put_((ids[chunk].reshape(-1),), outer.reshape(-1, weight.shape[1]), accumulate=True)
-        return dhidden, None if dweight is None else dweight.to(weight.dtype), None, None, None
+def _dlogits(log_p: Tensor, dlogps: Tensor | None, dentropy: tuple[Tensor, Tensor] | None) -> Tensor:
+    """[C, K + 1] gradient of the logits; `dentropy` with the entropies."""
+    p = log_p.exp()
+    if dlogps is None:
+        grad = torch.zeros_like(p)
+    else:
+        grad = p * -dlogps[:, None]
+        grad[:, 0] = dlogps * -torch.expm1(log_p[:, 0])
+    if dentropy is not None:
+        coefficient, entropy = dentropy
+        grad.sub_(_finite(log_p).add_(entropy[:, None]).mul_(p).mul_(coefficient[:, None]))
+    return grad
 
 
-def _chunk_rows(ids: Tensor, weight: Tensor, plan: Plan) -> int:
-    """Rows whose gathered weights, in both precisions, fit the memory of a tile of the plan."""
-    row_bytes = 3 * ids.shape[1] * weight.shape[1] * 4
-    return max(1, plan.rows * len(weight) * plan.tile_dtype.itemsize // row_bytes)
+def _finite(log_p: Tensor) -> Tensor:
+    """A copy without -inf, where p log p is 0 and not 0 * -inf."""
+    return log_p.clamp_min(torch.finfo(log_p.dtype).min)
 
 
-def _chunks(ids: Tensor, rows: int) -> list[slice]:
-    return [slice(start, min(start + rows, len(ids))) for start in range(0, len(ids), rows)]
+def _add(grads: list[Tensor | None], head: HeadInputs, ids: Tensor, chunk: slice, dlogits: Tensor) -> None:
+    """Add a chunk's share to gradients in the order of `head.tensors`."""
+    dbias = grads[2]
+    for (hidden, weight), dhidden, dweight in zip(head.products, grads[::3], grads[1::3], strict=False):
+        if dhidden is not None:
+            grad = torch.bmm(dlogits[:, None, :], weight[ids].to(dlogits.dtype))[:, 0]
+            dhidden[chunk if head.rows is None else head.rows[chunk]] = grad.to(dhidden.dtype)
+        if dweight is not None:
+            outer = dlogits[:, :, None] * head.rows_of(hidden, chunk).to(dlogits.dtype)[:, None, :]
+            # index_put sorts where index_add would use atomics: the same bits on every run
+            dweight.index_put_((ids.reshape(-1),), outer.reshape(-1, weight.shape[1]), accumulate=True)
+    if dbias is not None:
+        dbias.index_put_((ids.reshape(-1),), dlogits.reshape(-1), accumulate=True)
