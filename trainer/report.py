@@ -80,10 +80,10 @@ def _ess(ax: Axes, metrics: Mapping[str, Lines]) -> None:
             ax.plot(steps, values, color=colour, alpha=0.3, linewidth=1)
             ax.plot(steps, _smooth(values), color=colour, linewidth=2.2, label=name)
             drawn = True
+    _style(ax, "Effective sample size of replayed tokens", "share of the tokens; 1 = on-policy", unit_range=True)
     if not drawn:
         ax.set_xticks([])
         ax.text(0.5, 0.5, "nothing was replayed", ha="center", va="center", transform=ax.transAxes, color="0.4")
-    _style(ax, "Effective sample size of replayed tokens", "share of the tokens; 1 = on-policy", unit_range=True)
 
 
 def _length(ax: Axes, metrics: Mapping[str, Lines]) -> None:
