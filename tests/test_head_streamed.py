@@ -1,4 +1,4 @@
-"""Tiles of bfloat16 heads, logits a slice at a time: log-probabilities to 1e-5, gradients to bfloat16's own rounding."""
+"""Tiles of bfloat16 heads, logits a slice at a time: log-probabilities to 1e-5, gradients to its rounding."""
 
 import pytest
 import torch

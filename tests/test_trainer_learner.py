@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import repo_ops
@@ -109,6 +110,33 @@ def test_loss_and_gradient_of_a_mixed_batch_equal_the_formula(max_tokens: int, r
     assert loss == pytest.approx(expected.item(), abs=1e-6)
     for name, parameter in truth.named_parameters():
         torch.testing.assert_close(gradients[name].double(), parameter.grad, rtol=1e-5, atol=1e-6, msg=name)
+
+
+class LargeTensors(TorchDispatchMode):
+    """Counts the operations that hand over a new tensor of one size."""
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self.shape, self.made = shape, set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        given = {a.data_ptr() for a in args if isinstance(a, torch.Tensor) and a.layout == torch.strided}
+        out = func(*args, **(kwargs or {}))
+        dense = isinstance(out, torch.Tensor) and out.layout == torch.strided
+        if dense and out.shape == self.shape and out.data_ptr() not in given:
+            self.made.add((str(func), out.data_ptr()))
+        return out
+
+
+@pytest.mark.parametrize("max_tokens", [1000, 4])
+def test_a_tied_head_has_one_gradient_of_its_size_in_a_step(max_tokens: int) -> None:
+    learner = Learner(small_model(), repo_ops.get_objective("repo"), max_tokens=max_tokens)
+    sequences = [s for s in batch() if learner.is_live(s)]
+    batches = learner.pack(sequences)
+    with LargeTensors((37, 32)) as large:  # fresh and replayed parts, and the embedding's rows, go into the same memory
+        learner.backward(sequences, batches, count_items(batch()))
+    assert len({where for _, where in large.made}) == 1, large.made
+    assert learner.backbone.head.weight.grad.layout == torch.strided
 
 
 @pytest.mark.parametrize("name", ["grpo", "dapo", "dr_grpo", "gspo", "cispo", "repo"])

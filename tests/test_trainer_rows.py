@@ -25,7 +25,7 @@ from transformers import (
 
 import repo_ops
 from repo_ops.trainer.backbone import Backbone
-from repo_ops.trainer.rows import MicroBatch, deal, pack_rows
+from repo_ops.trainer.rows import MicroBatch, deal, longest_row, pack_rows
 
 VOCABULARY = 53
 # two heads that share one key-value head, more layers than one: a wrong mask or position shows in the second layer
@@ -260,3 +260,37 @@ def test_one_prompt_is_cut_where_ranks_would_be_idle() -> None:
     assert sorted(map(len, dealt)) == [2, 2, 2, 2]
     assert deal([(1, 2)], [(3,)], 3) == [[0], [], []]
     assert deal([], [], 2) == [[], []]
+
+
+@pytest.mark.parametrize("prompt", [1, 30, 100, 2000])
+@pytest.mark.parametrize("completion", [1, 24, 512])
+@pytest.mark.parametrize("pairs_per_token", [50.0, 3000.0, 24000.0])
+def test_the_longest_row_is_the_cheapest(prompt: int, completion: int, pairs_per_token: float) -> None:
+    def cost_of_each(count: int) -> float:
+        length = prompt + count * completion
+        return length * (length + pairs_per_token) / count
+
+    chosen = max(1, int((longest_row(prompt, pairs_per_token) - prompt) / completion))
+    best = min(range(1, 20000), key=cost_of_each)
+    assert chosen in (best, best - 1)  # a row ends before it is too long
+
+
+def test_long_completions_get_rows_of_their_own() -> None:
+    prompts, short, long = [(1, 2, 3)] * 4, [(i, 5) for i in range(4)], [(i, *[5] * 100) for i in range(4)]
+
+    def rows(completions, **limit):
+        batches = pack_rows(prompts, completions, max_tokens=10_000, **limit)
+        assert sorted(i for batch in batches for i in batch.sequences) == [0, 1, 2, 3]
+        return sum(len(batch.input_ids) for batch in batches)
+
+    assert rows(short) == rows(long) == rows(short, pairs_per_token=300.0) == 1
+    assert rows(long, pairs_per_token=300.0) == 4
+    assert rows(long, pairs_per_token=300.0 * 250) == 1
+
+
+def test_a_pair_of_tokens_is_cheap_beside_the_layers_of_a_wide_model() -> None:
+    model = llama()
+    layer = sum(p.numel() for p in model.model.layers[0].parameters())
+    width = model.config.num_attention_heads * model.config.head_dim
+    found = Backbone(model).pairs_per_token
+    assert found == pytest.approx(layer / (2 * width), rel=0.02)  # the last norm counts too

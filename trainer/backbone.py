@@ -43,6 +43,7 @@ class Backbone:
         self.model = model.eval()
         self.device = device or next(model.parameters()).device
         self.attention = _attention_of(model)
+        self.pairs_per_token = _pairs_per_token(model)
         self.window = _window_of(model.config.get_text_config())
         # adapters are switched off and on, and a sharded model has other tensors inside each forward
         self._head = None if is_sharded(model) or has_lora(model) else find_head(model)
@@ -105,6 +106,19 @@ def _attention_of(model: PreTrainedModel) -> str:
             "load it with attn_implementation='sdpa'"
         )
     return name
+
+
+def _pairs_per_token(model: PreTrainedModel) -> float:
+    """Pairs of tokens whose attention costs as much as the weights of the layers do for one token.
+
+    A layer's weights cost a multiply-add each; a pair costs 2 for each number of the heads: q k, and p v.
+    """
+    config = model.config.get_text_config()
+    width = (getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads) * (
+        config.num_attention_heads
+    )
+    weights = sum(p.numel() for p in model.get_decoder().parameters()) - model.get_input_embeddings().weight.numel()
+    return weights / config.num_hidden_layers / (2 * width)
 
 
 def _window_of(config: Any) -> int | None:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 import repo_ops
-from repo_ops import PolicyLoss
+from repo_ops import Options, PolicyLoss
 from repo_ops.causal_lm import find_head
 from repo_ops.logit_offsets import logit_offsets
 from repo_ops.metrics import Metrics, merge, summarize
@@ -133,6 +133,8 @@ class Learner:
         self.temperature = temperature
         self.max_tokens = max_tokens
         self.max_grad_norm = max_grad_norm
+        if self.ranks.size == 1:
+            _embedding_gradient_by_rows(model)
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.parameters, lr=0.0, betas=betas, weight_decay=weight_decay, fused=True)
 
@@ -206,7 +208,12 @@ class Learner:
     def pack(self, sequences: Sequence[ScoredSequence]) -> list[MicroBatch]:
         """The micro-batches of shared-prefix rows that hold `sequences`."""
         prompts = [sequence.prompt_ids for sequence in sequences]
-        return pack_rows(prompts, [sequence.token_ids for sequence in sequences], max_tokens=self.max_tokens)
+        return pack_rows(
+            prompts,
+            [sequence.token_ids for sequence in sequences],
+            max_tokens=self.max_tokens,
+            pairs_per_token=self.backbone.pairs_per_token,
+        )
 
     def backward(
         self, sequences: Sequence[ScoredSequence], batches: Sequence[MicroBatch], num_items: NumItems
@@ -279,6 +286,7 @@ class Learner:
                 continue
             tokens, cu_seqlens = _select(batch.cu_seqlens, members)
             chosen, predicting = [sequences[i] for i in members], hidden[tokens]
+            kept_ids = support_ids(chosen, hidden.device)
             yield repo_ops.linear_policy_loss(
                 predicting,
                 targets=batch.targets[tokens],
@@ -289,10 +297,16 @@ class Learner:
                 extras=self._extras(chosen, predicting, batch.targets[tokens]),
                 cu_seqlens=cu_seqlens,
                 temperature=self.temperature,
-                support_ids=support_ids(chosen, hidden.device),
+                support_ids=kept_ids,
+                options=Options(accumulate_weight_grad=kept_ids is None and self._adds_to_head_gradient()),
                 **self.backbone.head.arguments(predicting),
                 **(self._replayed(chosen, num_items) if replayed else {"num_items": self._on_policy(num_items)}),
             )
+
+    def _adds_to_head_gradient(self) -> bool:
+        """Whether the next part of a step adds to the head's gradient in place, instead of making a second [V, D]."""
+        weight = self.backbone.head.weight
+        return not is_sharded(self.backbone.model) and weight.grad is not None and weight.dtype == torch.float32
 
     def _on_policy(self, num_items: NumItems) -> NumItems:
         """What the on-policy part divides by when it is computed by itself."""
@@ -360,6 +374,16 @@ class Learner:
         support = support_ids(sequences, self.ranks.device)
         with off:
             return inside(reference.model, lambda: reference.logps(batch, self.temperature, support))
+
+
+def _embedding_gradient_by_rows(model: PreTrainedModel) -> None:
+    """Embeddings tied to the head add the rows of a micro-batch's tokens to its gradient, not another [V, D].
+
+    The head's backward comes first in each micro-batch, so the gradient is there, dense, when the rows arrive.
+    """
+    embedding = model.get_input_embeddings()
+    if isinstance(embedding, torch.nn.Embedding) and embedding.weight is model.get_output_embeddings().weight:
+        embedding.sparse = True
 
 
 def count_items(sequences: Sequence[ScoredSequence]) -> NumItems:

@@ -14,6 +14,7 @@ the one that a separate row would give. The last token of a completion is predic
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -21,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["MicroBatch", "deal", "idle_batch", "pack_rows"]
+__all__ = ["MicroBatch", "deal", "idle_batch", "longest_row", "pack_rows"]
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,12 @@ class MicroBatch:
 
 
 def pack_rows(
-    prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], *, max_tokens: int, pad_id: int = 0
+    prompts: Sequence[Sequence[int]],
+    completions: Sequence[Sequence[int]],
+    *,
+    max_tokens: int,
+    pairs_per_token: float = math.inf,
+    pad_id: int = 0,
 ) -> list[MicroBatch]:
     """Micro-batches of shared-prefix rows that hold every completion with at least one token, each exactly once.
 
@@ -67,6 +73,8 @@ def pack_rows(
         completions: S lists of token ids (terminating token included, padding not).
         max_tokens: padded area R * L of a micro-batch. A prompt with more than fits is given several rows; one single
             sequence that is longer has a micro-batch of its own.
+        pairs_per_token: pairs of tokens whose attention costs as much as all other work on one token, for
+            `longest_row`. The default shares every prompt, whatever the length of its row.
         pad_id: token put in padded places (any valid id: nothing sees it).
     Raises:
         ValueError: lengths disagree, an empty prompt, or max_tokens < 1.
@@ -84,7 +92,11 @@ def pack_rows(
             )
         if len(completion) > 0:
             members.setdefault(tuple(prompt), []).append((tuple(completion), sequence))
-    rows = [row for prompt, group in members.items() for row in _rows_of_prompt(prompt, group, max_tokens)]
+    rows = [
+        row
+        for prompt, group in members.items()
+        for row in _rows_of_prompt(prompt, group, min(max_tokens, longest_row(len(prompt), pairs_per_token)))
+    ]
     rows.sort(key=lambda row: len(row.tokens))  # stable: similar lengths together pad least
     batches: list[list[_Row]] = []
     for row in rows:
@@ -93,6 +105,16 @@ def pack_rows(
         else:
             batches.append([row])
     return [_collate(batch, pad_id) for batch in batches]
+
+
+def longest_row(prompt: int, pairs_per_token: float) -> float:
+    """Tokens beyond which a row of a prompt of this many costs more than two rows that both begin with the prompt.
+
+    A row of length L is attended to as a whole, L^2 pairs, though completions do not see each other. With c completions
+    of T tokens it is P + c T long, and costs (L a + L^2) / c for each, if a token costs a pairs; that is least where
+    c T = sqrt(P (P + a)).
+    """
+    return prompt + math.sqrt(prompt * (prompt + pairs_per_token))
 
 
 def idle_batch() -> MicroBatch:
@@ -180,13 +202,13 @@ class _Row:
 
 
 def _rows_of_prompt(
-    prompt: tuple[int, ...], group: list[tuple[tuple[int, ...], int]], max_tokens: int
+    prompt: tuple[int, ...], group: list[tuple[tuple[int, ...], int]], longest: float
 ) -> Iterator[_Row]:
     row = _Row(prompt)
     # sorted, completions that begin alike are neighbours: comparing with the last one finds every shared prefix
     for completion, sequence in sorted(group):
         grown = len(row.tokens) + len(completion) - 1 - row.shared(completion)
-        if row.members and grown > max_tokens:
+        if row.members and grown > longest:
             yield row.finish()
             row = _Row(prompt)
         row.add(sequence, completion)

@@ -92,7 +92,12 @@ def shared_hidden(backbone: Any, rows: Sequence[Row], max_tokens: int) -> tuple[
     """
     from repo_ops.trainer.rows import pack_rows
 
-    batches = pack_rows([r.prompt_ids for r in rows], [r.token_ids for r in rows], max_tokens=max_tokens)
+    batches = pack_rows(
+        [r.prompt_ids for r in rows],
+        [r.token_ids for r in rows],
+        max_tokens=max_tokens,
+        pairs_per_token=backbone.pairs_per_token,
+    )
     device = next(backbone.model.parameters()).device
     moved = [batch.to(device) for batch in batches]
     hidden = torch.cat([backbone.hidden(batch) for batch in moved])
