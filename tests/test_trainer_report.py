@@ -28,12 +28,12 @@ def line(step: int, reward: float, **more: float) -> dict[str, float]:
     }
 
 
-def write_run(folder: Path, console: Console | None = None) -> Path:
+def write_run(folder: Path, console: Console | None = None, replayed_after: int = 5) -> Path:
     folder.mkdir()
     with RunLog(folder, name="a run", steps=7, console=console) as log:
         log.step(0, {"eval/sampled_mean": 0.25, "eval/greedy_mean": 0.5})
         for step in range(1, 8):
-            log.step(step, line(step, 0.1 * step, **({"off_policy/ess": 0.9} if step > 5 else {})))
+            log.step(step, line(step, 0.1 * step, **({"off_policy/ess": 0.9} if step > replayed_after else {})))
     return folder
 
 
@@ -90,6 +90,12 @@ def test_a_run_without_evaluation_or_replay_has_a_table_too() -> None:
     assert not any("eval" in name or "ess" in name for name in found)
 
 
+def test_a_run_without_replay_or_evaluation_has_a_picture_too(tmp_path: Path) -> None:
+    with RunLog(tmp_path, name="a run", steps=1, console=Console(file=StringIO())) as log:
+        log.step(1, line(1, 0.5))
+    assert draw_report({"a run": tmp_path}, tmp_path / "report.png").stat().st_size > 10_000
+
+
 @pytest.mark.parametrize(("effective", "says"), [(0.0, True), (0.25, False)])
 def test_a_run_that_learned_nothing_says_so(tmp_path: Path, effective: float, says: bool) -> None:
     out = StringIO()
@@ -98,11 +104,11 @@ def test_a_run_that_learned_nothing_says_so(tmp_path: Path, effective: float, sa
     assert ("nothing was learned" in out.getvalue()) == says
 
 
-@pytest.mark.parametrize("names", [["one"], ["one", "two"]])
-def test_picture(tmp_path: Path, names: list[str]) -> None:
+@pytest.mark.parametrize(("names", "replayed_after"), [(["one"], 5), (["one", "two"], 5), (["one without replay"], 7)])
+def test_picture(tmp_path: Path, names: list[str], replayed_after: int) -> None:
     from matplotlib.image import imread
 
-    runs = {name: write_run(tmp_path / name) for name in names}
+    runs = {name: write_run(tmp_path / name, replayed_after=replayed_after) for name in names}
     picture = draw_report(runs, tmp_path / "report.png", title="both")
     pixels = imread(picture)
     assert pixels.shape[0] > 800

@@ -121,9 +121,11 @@ def _memory(ax: Axes, metrics: Mapping[str, Lines]) -> None:
 
 
 def _style(ax: Axes, title: str, ylabel: str, *, unit_range: bool = False) -> None:
+    from matplotlib.ticker import MaxNLocator
+
     ax.set_title(title, loc="left", fontsize=11)
     ax.set_xlabel("step")
-    ax.xaxis.get_major_locator().set_params(integer=True)
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.set_ylabel(ylabel)
     ax.grid(alpha=0.25)
     if unit_range:  # headroom, so that the legend hides no line
