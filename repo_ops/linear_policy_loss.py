@@ -97,12 +97,14 @@ def linear_policy_loss(
         "cu_seqlens": cu_seqlens,
     }
     if torch.compiler.is_compiling():
-        from repo_ops import compiled  # which imports Dynamo
+        # here, since it imports Dynamo; by its own name, since Dynamo of torch 2.6 takes no package with lazy names
+        from repo_ops.compiled import HeadArguments
+        from repo_ops.compiled import linear_policy_loss as traced
 
-        head = compiled.HeadArguments(
+        head = HeadArguments(
             bias, temperature, softcap, logit_scale, mask, support_ids, adapter, tp_group, options
         )
-        return compiled.linear_policy_loss(
+        return traced(
             hidden, weight, targets, given, extras, num_items, head, off_policy_coef, objective
         )
     settings = HeadSettings(bias, temperature, softcap, logit_scale, adapter, tp_group)

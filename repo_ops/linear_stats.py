@@ -65,12 +65,14 @@ def linear_stats(
     wanted = _wanted(statistics)
     options = as_options(options)
     if torch.compiler.is_compiling():
-        from repo_ops import compiled  # which imports Dynamo
+        # here, since it imports Dynamo; by its own name, since Dynamo of torch 2.6 takes no package with lazy names
+        from repo_ops.compiled import HeadArguments
+        from repo_ops.compiled import linear_stats as traced
 
-        head = compiled.HeadArguments(
+        head = HeadArguments(
             bias, temperature, softcap, logit_scale, mask, support_ids, adapter, tp_group, options
         )
-        return VocabularyStats(*compiled.linear_stats(hidden, weight, targets, head, wanted))
+        return VocabularyStats(*traced(hidden, weight, targets, head, wanted))
     where = layout(targets, mask, None)
     settings = HeadSettings(bias, temperature, softcap, logit_scale, adapter, tp_group)
     found = head_stats(hidden, weight, targets, where, settings, wanted, support_ids, options)
