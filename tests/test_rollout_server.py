@@ -20,6 +20,7 @@ from repo_ops.trainer.models import TinyModel, load_model
 from repo_ops.trainer.rollout import EngineError, GenerationStopped, encode_prompts
 from repo_ops.trainer.rollout.engine_args import ServerSettings
 from repo_ops.trainer.rollout.hf import stop_token_ids
+from repo_ops.trainer.rollout.vllm_local import VLLMInProcess
 from repo_ops.trainer.rollout.vllm_server import VLLMServer
 from repo_ops.trainer.run import prepare
 
@@ -347,6 +348,19 @@ def test_a_server_with_a_key(tiny, tmp_path, monkeypatch):
         engine = VLLMServer(*tiny, settings=settings(server, tmp_path))
         engine.sync(0)
         assert gap(engine, engine.generate(PROMPTS, **SETTINGS), 0.7) < 1e-5
+
+
+def test_what_samples_is_said(engine, server):
+    where = f"at {server.url}, in float32, max_model_len 64"
+    assert engine.describe() == f"vLLM 0.32.0 {where}"
+    server.faults["/version"] = lambda h, b, a: h.send({"detail": "Not Found"}, 404)
+    assert engine.describe() == f"vLLM of unknown version {where}"
+
+
+def test_an_engine_in_process_that_is_not_in_the_process(tiny, monkeypatch):
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
+    with pytest.raises(ValueError, match="VLLM_ENABLE_V1_MULTIPROCESSING: expected 0 with engine vllm"):
+        VLLMInProcess(*tiny, source="nowhere", dtype="float32")
 
 
 def test_a_folder_that_cannot_be_written(engine):

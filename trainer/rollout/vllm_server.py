@@ -76,7 +76,10 @@ class VLLMServer:
 
     def describe(self) -> str:
         """What samples: version, address, dtype, room."""
-        version = self._client.get("/version", timeout=self.settings.timeout)["version"]
+        try:
+            version = self._client.get("/version", timeout=self.settings.timeout)["version"]
+        except (ServerRefused, TypeError, LookupError):  # a proxy may hide it; nothing depends on it
+            version = "of unknown version"
         return f"vLLM {version} at {self.settings.url}, {in_words(self._limits)}"
 
     def check_prompts(self, prompts: Sequence[str], *, max_new_tokens: int) -> None:
