@@ -101,12 +101,8 @@ def linear_policy_loss(
         from repo_ops.compiled import HeadArguments
         from repo_ops.compiled import linear_policy_loss as traced
 
-        head = HeadArguments(
-            bias, temperature, softcap, logit_scale, mask, support_ids, adapter, tp_group, options
-        )
-        return traced(
-            hidden, weight, targets, given, extras, num_items, head, off_policy_coef, objective
-        )
+        head = HeadArguments(bias, temperature, softcap, logit_scale, mask, support_ids, adapter, tp_group, options)
+        return traced(hidden, weight, targets, given, extras, num_items, head, off_policy_coef, objective)
     settings = HeadSettings(bias, temperature, softcap, logit_scale, adapter, tp_group)
     call = prepare(
         hidden, weight, targets, mask, settings, as_objective(objective), options,

@@ -69,9 +69,7 @@ def linear_stats(
         from repo_ops.compiled import HeadArguments
         from repo_ops.compiled import linear_stats as traced
 
-        head = HeadArguments(
-            bias, temperature, softcap, logit_scale, mask, support_ids, adapter, tp_group, options
-        )
+        head = HeadArguments(bias, temperature, softcap, logit_scale, mask, support_ids, adapter, tp_group, options)
         return VocabularyStats(*traced(hidden, weight, targets, head, wanted))
     where = layout(targets, mask, None)
     settings = HeadSettings(bias, temperature, softcap, logit_scale, adapter, tp_group)
