@@ -97,7 +97,7 @@ def linear_policy_loss(
         "cu_seqlens": cu_seqlens,
     }
     if torch.compiler.is_compiling():
-        # here, since it imports Dynamo; by its own name, since Dynamo of torch 2.6 takes no package with lazy names
+        # here, since it imports Dynamo; by its own name, since Dynamo of older torch takes no package with lazy names
         from repo_ops.compiled import HeadArguments
         from repo_ops.compiled import linear_policy_loss as traced
 

@@ -65,7 +65,7 @@ def linear_stats(
     wanted = _wanted(statistics)
     options = as_options(options)
     if torch.compiler.is_compiling():
-        # here, since it imports Dynamo; by its own name, since Dynamo of torch 2.6 takes no package with lazy names
+        # here, since it imports Dynamo; by its own name, since Dynamo of older torch takes no package with lazy names
         from repo_ops.compiled import HeadArguments
         from repo_ops.compiled import linear_stats as traced
 
