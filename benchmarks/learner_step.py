@@ -30,6 +30,7 @@ from repo_ops.benchmarks.measure import interleave, spread
 from repo_ops.benchmarks.peak import in_own_process, peak_bytes
 from repo_ops.trainer.learner import Learner, ScoredSequence, count_items
 from repo_ops.trainer.models import load_model
+from repo_ops.trainer.rows import MicroBatch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -160,6 +161,11 @@ SIDES = {"ours": ours, "trl": trl, "trl_default": trl_default}
 LABELS = {"ours": "ours", "trl": "TRL GRPOTrainer", "trl_default": "TRL, gradient checkpointing (its default)"}
 
 
+def _packed(model: PreTrainedModel, sequences: list[ScoredSequence]) -> list[MicroBatch]:
+    learner = Learner(model, repo_ops.get_objective("grpo"))
+    return learner.pack([sequence for sequence in sequences if learner.is_live(sequence)])
+
+
 def _group_size(sequences: list[ScoredSequence]) -> int:
     return sum(sequence.group == sequences[0].group for sequence in sequences)
 
@@ -172,6 +178,8 @@ def run(setting: Setting, dtype: str, settings: argparse.Namespace) -> dict[str,
     models = {side: copy.deepcopy(model) for side in settings.sides}
     del model
     steps = {side: SIDES[side](models[side], tokenizer, sequences, dtype) for side in settings.sides}
+    tokens = dict.fromkeys(settings.sides, setting.groups * setting.samples * (setting.prompt + setting.completion))
+    tokens["ours"] = sum(batch.tokens for batch in _packed(models["ours"], sequences)) if "ours" in models else 0
     losses = {side: step().item() for side, step in steps.items()}
     apart = {side: _apart(models["ours"], models[side]) for side in models if side != "ours" and "ours" in models}
 
@@ -194,6 +202,7 @@ def run(setting: Setting, dtype: str, settings: argparse.Namespace) -> dict[str,
         seconds = spread([ms / 1e3 for ms in times[side].both])
         row: dict[str, Any] = {"side": side, "label": LABELS[side], **asdict(seconds), "seconds": times[side].both}
         row["seconds"] = [round(ms / 1e3, 4) for ms in times[side].both]
+        row["tokens"] = tokens[side]
         row["loss"], row["gradients_apart"] = losses[side], apart.get(side)
         row["loss_apart"] = abs(losses[side] - losses["ours"]) if side != "ours" and "ours" in losses else None
         row.update(dict.fromkeys(("peak_mib", "gradient_mib", "peak_by")))
@@ -251,7 +260,17 @@ def table(found: dict[str, Any]) -> str:
     """The rows of one setting as aligned text."""
     ours_ = next((row for row in found["rows"] if row["side"] == "ours"), None)
     lines = [
-        ["", "seconds [q1-q3]", "ours / it", "peak MiB", "of it grads", "ours / it", "loss apart", "gradients apart"]
+        [
+            "",
+            "seconds [q1-q3]",
+            "ours / it",
+            "tokens",
+            "peak MiB",
+            "of it grads",
+            "ours / it",
+            "loss apart",
+            "gradients apart",
+        ]
     ]
     for row in found["rows"]:
         lines.append(
@@ -259,6 +278,7 @@ def table(found: dict[str, Any]) -> str:
                 row["label"],
                 f"{row['median']:.2f} [{row['q1']:.2f}-{row['q3']:.2f}]",
                 "-" if ours_ is None else f"{ours_['median'] / row['median']:.3f}",
+                str(row["tokens"]),
                 "-" if row["peak_mib"] is None else f"{row['peak_mib']:.0f}",
                 "-" if row["gradient_mib"] is None else f"{row['gradient_mib']:.0f}",
                 "-" if ours_ is None or row["peak_mib"] is None else f"{ours_['peak_mib'] / row['peak_mib']:.3f}",
