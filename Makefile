@@ -18,11 +18,12 @@ DEMO_STAMP := $(VENV)/.has-demo
 DEV_STAMP := $(VENV)/.has-dev
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-vllm lint format types site docs bench
+.PHONY: help demo test test-versions test-vllm lint format types site docs bench
 
 help:
 	@echo "make demo    train SmolLM2-135M with GRPO and with RePO on this machine and compare them"
 	@echo "make test    the whole test suite"
+	@echo "make test-versions  the library's arithmetic on the oldest torch and on the newest that it was tried with"
 	@echo "make test-vllm  the vLLM engines with the real vLLM on a CPU, in an environment of its own"
 	@echo "make lint    ruff check and ruff format --check"
 	@echo "make format  let ruff mend what it can"
@@ -59,6 +60,25 @@ demo: $(DEMO_STAMP)
 
 test: $(DEV_STAMP)
 	$(ONE_THREAD) $(BIN)/pytest --numprocesses $(JOBS) --dist loadfile --durations 10 $(ARGS)
+
+# The library alone on other versions of torch, each in an environment of its own: VERSIONS=2.9.1 make test-versions.
+# The kernels' tests stay out, because Triton's interpreter follows NumPy, and those of torch.compile, which older torch
+# cannot trace.
+VERSIONS ?= 2.6.0 2.14.1
+CORE := $(patsubst %,tests/test_%.py,accumulate_weight_grad advantages errors golden golden_advantages group_edits \
+  head_gemm head_plan imports linear_logps linear_policy_loss linear_stats logit_offsets metrics objectives \
+  objectives_fused objectives_properties objectives_terms policy_loss public_api readme reduce replay_buffer \
+  replay_max_variance replay_sample support)
+
+test-versions: $(addprefix test-torch-,$(VERSIONS))
+
+test-torch-%:
+	@echo "== .venv-torch-$*"
+	@test -x .venv-torch-$*/bin/python || $(PYTHON) -m venv .venv-torch-$*
+	@.venv-torch-$*/bin/python -m pip --disable-pip-version-check install --quiet 'torch==$*' 'numpy<2.4' 'setuptools>=77' \
+	  wheel 'pytest>=8.2' pytest-timeout hypothesis
+	@.venv-torch-$*/bin/python -m pip --disable-pip-version-check install --quiet --no-build-isolation --no-deps --editable .
+	$(ONE_THREAD) .venv-torch-$*/bin/pytest $(CORE) $(ARGS)
 
 # vLLM's CPU build pins what it needs, so it lives apart. torch first and the rest without torchvision, torchaudio and
 # torchcodec, which nothing here uses and which would bring another torch. SmolLM2 is converted by $(VENV), whose
