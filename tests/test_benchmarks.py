@@ -198,3 +198,29 @@ def test_mistakes_in_settings_are_refused(
 def test_rows_that_are_not_whole_sequences_are_refused() -> None:
     with pytest.raises(ValueError, match="length: expected a divisor of 10 rows"):
         make_inputs(Case(Shape("custom", 10, 4, 7), length=4))
+
+
+def test_a_learner_step_equals_that_of_trl(tmp_path, capsys):
+    from repo_ops.benchmarks import learner_step
+
+    file = tmp_path / "step.json"
+    given = [
+        "--model",
+        "tiny",
+        "--settings",
+        "tiny",
+        "--rounds",
+        "1",
+        "--sides",
+        "ours",
+        "trl",
+        "--no-memory",
+        "--json",
+    ]
+    assert learner_step.main([*given, str(file)]) == 0  # 1 where loss or gradients differ
+    (case,) = json.loads(file.read_text())["cases"]
+    ours, trl = case["rows"]
+    assert 0 < ours["tokens"] < trl["tokens"] == 3 * 2 * (4 + 3)
+    assert trl["loss_apart"] <= 1e-5
+    assert 0 < trl["gradients_apart"] <= 1e-4
+    assert "TRL GRPOTrainer" in capsys.readouterr().out
