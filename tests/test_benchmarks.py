@@ -204,22 +204,8 @@ def test_a_learner_step_equals_that_of_trl(tmp_path, capsys):
     from repo_ops.benchmarks import learner_step
 
     file = tmp_path / "step.json"
-    given = [
-        "--model",
-        "tiny",
-        "--settings",
-        "tiny",
-        "--rounds",
-        "1",
-        "--sides",
-        "ours",
-        "trl",
-        "--no-memory",
-        "--json",
-    ]
-    assert (
-        learner_step.main([*given, "--rounds", "1", "--no-memory", "--json", str(file)]) == 0
-    )  # 1 where loss or gradients differ
+    sides = ["--model", "tiny", "--settings", "tiny", "--sides", "ours", "trl"]
+    assert learner_step.main([*sides, "--rounds", "1", "--no-memory", "--json", str(file)]) == 0  # 1 where they differ
     (case,) = json.loads(file.read_text())["cases"]
     ours, trl = case["rows"]
     assert 0 < ours["tokens"] < trl["tokens"] == 3 * 2 * (4 + 3)
