@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -22,9 +23,11 @@ def train(arguments: Sequence[str]) -> None:
         from repo_ops.trainer.dry_run import plan_of_run
 
         try:
-            print(plan_of_run(config))
+            plan = plan_of_run(config)
         except (ValueError, ImportError) as error:
             _refuse("train", str(error))
+        if os.environ.get("RANK", "0") == "0":  # under torchrun one speaks for all
+            print(plan)
         return
     from repo_ops.trainer.distributed import leave
     from repo_ops.trainer.failed import RunFailed

@@ -51,18 +51,24 @@ def test_the_installed_script_runs_from_the_repository_root() -> None:
         (["train", "--task", "sums"], "repo-ops train: task: expected one of "),
         (["train", "--task_args.digit", "2"], "repo-ops train: digit: expected an option of task 'products'"),
         (["train", "--reward", "exact"], "repo-ops train: reward: expected one of "),
+        (["train", "--reward", "math:pie"], "repo-ops train: reward: expected a function 'pie' in math, found None"),
+        (["train", "--device", "foo"], "repo-ops train: device: expected one that torch can use here, got 'foo'"),
+        (["train", "--cpu_offload", "true"], "repo-ops train: cpu_offload: expected a sharded model, got one rank"),
+        (["train", "--replicas", "2"], "repo-ops train: replicas: expected a divisor of the 1 ranks, got 2"),
         (["train", "--model", "no/such/folder"], "repo-ops train: model: expected "),
     ],
 )
 def test_a_mistake_ends_in_one_sentence_and_status_2(capsys, tmp_path: Path, arguments, sentence: str) -> None:
+    """The same in a dry run."""
     where = ["--output_dir", str(tmp_path)] if arguments[0] == "train" else []
-    with pytest.raises(SystemExit) as exit_:
-        main([*arguments, *where])
-    assert exit_.value.code == 2
-    error = capsys.readouterr().err
-    assert error.startswith(sentence)
-    assert len(error.splitlines()) == 1
-    assert list(tmp_path.iterdir()) == []  # nothing was begun
+    for dry in ([], ["--dry-run"]) if where else ([],):
+        with pytest.raises(SystemExit) as exit_:
+            main([*arguments, *where, *dry])
+        assert exit_.value.code == 2
+        error = capsys.readouterr().err
+        assert error.startswith(sentence)
+        assert len(error.splitlines()) == 1
+        assert list(tmp_path.iterdir()) == []  # nothing was begun
 
 
 def test_a_missing_package_names_the_extra(capsys, monkeypatch) -> None:

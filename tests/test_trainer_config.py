@@ -55,6 +55,23 @@ def refused(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> str:
         (["--objective_args.beta", "0.1"], "objective_args: beta has a key of its own"),
         (["--replay", "random", "--top_k", "5"], "top_k, top_p: expected 0 and 1 with replay, got 5 and 1.0"),
         (["--replay", "random", "--replay_capacity", "4"], "replay_capacity: expected at least replay_min_size = 8"),
+        (["--lora_alpha", "8"], "lora_alpha: expected nothing without lora_rank, got 8.0; add --lora_rank"),
+        (["--sample_steps", "0", "--sample_rows", "9"], "sample_rows: expected nothing without sample_steps, got 9"),
+        (["--project", "mine"], "project: expected nothing without report_to, got 'mine'; add --report_to"),
+        (["--save_steps", "null", "--keep_last", "3"], "keep_last: expected nothing without checkpoints, got 3"),
+        (["--push_to_hub", "a/b", "--save_model", "false"], "save_model: expected true with push_to_hub"),
+        (
+            ["--eval_steps", "5", "--heldout_size", "0"],
+            "eval_steps: expected held-out prompts beside it, got none and 5",
+        ),
+        (
+            ["--data", "x.jsonl", "--reward", "exact_match", "--eval_data_args.split", "test"],
+            "eval_data_args: expected nothing without eval_data, got {'split': 'test'}; add --eval_data",
+        ),
+        (
+            ["--data", "x.jsonl", "--reward", "exact_match", "--eval_steps", "5"],
+            "eval_steps: expected held-out prompts beside it, got none and 5; set heldout_size or eval_data",
+        ),
         (["--chat", "true"], "chat: expected nothing without data, got True; add --data"),
         (["--max_prompt_tokens", "9"], "max_prompt_tokens: expected nothing without data, got 9; add --data"),
         (["--data", "x.jsonl"], "reward: expected one with data, got none; for example --reward exact_match"),

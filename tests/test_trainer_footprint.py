@@ -1,25 +1,31 @@
 """Predicted memory and operations against what a model really keeps and computes; the plan of a dry run."""
 
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from repo_ops.cli import main
-from repo_ops.trainer.config import TrainConfig
+from repo_ops.trainer.config import TrainConfig, parse_config
+from repo_ops.trainer.dry_run import _memory
 from repo_ops.trainer.footprint import (
     Parameters,
+    Peak,
     Workload,
     activation_bytes,
     cache_bytes,
     flops_of_step,
     memory_at_rest,
+    parts_at_peak,
 )
 from repo_ops.trainer.recompute import recompute_layers
 from repo_ops.trainer.rows import pack_rows
+from repo_ops.trainer.run import prepare
 
 SHAPE = LlamaConfig(
     vocab_size=97,
@@ -93,6 +99,54 @@ def test_at_rest_and_cache_by_hand() -> None:
     assert cache_bytes(CONFIG, SHAPE, WORK) == 2 * 3 * (2 * 12) * 4 * 6 * 9  # K and V, layers, width, bytes ...
 
 
+def test_what_each_rank_holds_by_hand() -> None:
+    config = replace(CONFIG, replicas=2, autocast=True)
+    work = Workload.of(config, [5, 3], 4, ranks=4, heldout=[7, 6, 7])
+    assert (work.shards, work.rows) == (2, 1)  # two copies of the model; each rank has a prompt at most
+    assert work.sampled == 1 * 8 * (7 + 4)  # a held-out prompt and its 8 samples are more than 1 * 3 * (5 + 4)
+    assert Workload.of(config, [5, 3], 4, ranks=4).sampled == 1 * 3 * (5 + 4)
+    assert cache_bytes(config, SHAPE, work) == 2 * 3 * (2 * 12) * 4 * 88
+    layer, rest, head = 48 * 48 * 2 + 48 * 24 * 2 + 3 * 48 * 80 + 2 * 48, 48 + 2 * 97 * 48, 97 * 48
+    peak = parts_at_peak(config, SHAPE, CPU, work)
+    # layers in bfloat16, the rest in float32, and autocast's copy of the head
+    assert peak.generating["gathered model"] == 2 * 3 * layer + 4 * rest + 2 * head
+    # the rest and its gradient; two layers; one's gradient as it is computed and as it is added up
+    gathered = 2 * 4 * rest + 2 * 2 * layer + (2 + 4) * layer
+    assert peak.learning["gathered layers, embeddings and head"] == gathered
+    alone = parts_at_peak(replace(config, replicas=1), SHAPE, CPU, Workload.of(config, [5, 3], 4))
+    assert alone.generating["weights in bfloat16"] == 2 * (3 * (layer - 2 * 48) + head)  # norms are not cast
+    assert parts_at_peak(replace(config, engine="vllm_server"), SHAPE, CPU, work).generating == {}
+    adapted = replace(config, replicas=1, lora_rank=2)
+    frozen = parts_at_peak(adapted, SHAPE, CPU, Workload.of(adapted, [5, 3], 4)).generating["weights in bfloat16"]
+    assert frozen == 2 * 3 * 2 * (2 * (48 + 48) + 2 * (48 + 24) + 3 * (48 + 80))  # autocast keeps trained ones alone
+
+
+class Copies(TorchDispatchMode):
+    """Storages of bfloat16 copies, as long as somebody holds them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[weakref.ref] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten._to_copy.default and out.dtype is torch.bfloat16:
+            self.found.append(weakref.ref(out))
+        return out
+
+
+def test_what_a_rank_holds_while_it_generates_is_what_was_planned() -> None:
+    model = LlamaForCausalLM(SHAPE).eval()
+    config = replace(CONFIG, autocast=True)
+    peak = parts_at_peak(config, SHAPE, CPU, WORK).generating
+    cache = DynamicCache(config=SHAPE)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16), Copies() as copies:
+        model(input_ids=torch.ones(6, 9, dtype=torch.int64), past_key_values=cache, use_cache=True)
+        alive = [copy for each in copies.found if (copy := each()) is not None]
+        assert sum(copy.nbytes for copy in alive) == peak["weights in bfloat16"]
+    assert sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers) == peak["keys and values"]
+
+
 def test_operations_of_a_learner_step_are_those_that_torch_counts() -> None:
     model = LlamaForCausalLM(SHAPE).eval()
     work = Workload.of(replace(CONFIG, group_size=2), [40, 40], 12)
@@ -123,7 +177,10 @@ def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path: Path, capsys, monk
         "8 prompts x 8 fresh + up to 8 replayed completions of at most 8 tokens",
         "50 steps, 4 evaluations",
         "reference model",
-        "~activations of a micro-batch",
+        "while learning ~",
+        "activations of a micro-batch",
+        "while generating ~",
+        "keys and values",
         "FLOP a step (generation ",
         "  steps: 50",
     ):
@@ -131,6 +188,49 @@ def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path: Path, capsys, monk
     main(["train", "--model", "tiny", "--task", "reverse", "--lora_rank", "2", "--dry_run"])
     trained = capsys.readouterr().out.partition("of them trained")[0].split()[-1]
     assert 0 < float(trained.removesuffix("k")) < 20
+
+
+def test_settings_of_a_replay_that_is_switched_off_are_named(tmp_path: Path, capsys) -> None:
+    words = ["--model", "tiny", "--task", "reverse", "--replay_num", "4", "--off_policy_coef", "0.5"]
+    main(["train", *words, "--dry-run"])
+    assert "not used    replay_num, off_policy_coef: nothing is replayed" in capsys.readouterr().out
+    config = parse_config([*words, "--output_dir", str(tmp_path), "--device", "cpu"])
+    assert "nothing is replayed: replay_num, off_policy_coef play no part" in prepare(config).notes
+    assert replace(config, replay="random").idle == []
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"replicas": "2"}, ["gathered layers, embeddings and head", "gathered model", "keys and values"]),
+        ({"engine": "vllm_server"}, ["while generating nothing: the server has its own"]),
+        ({"engine": "hf", "cpu_offload": "true"}, ["at rest 0: weights 0"]),  # on a CPU it is the same memory
+    ],
+)
+def test_a_dry_run_of_several_ranks(capsys, monkeypatch, settings, expected) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    words = [word for name, value in settings.items() for word in (f"--{name}", value)]
+    main(["train", "--model", "tiny", "--task", "reverse", "--device", "cpu", *words, "--dry-run"])
+    out = capsys.readouterr().out
+    assert "memory, MiB on each of 4 ranks" in out
+    assert all(words_of_plan in out for words_of_plan in expected)
+    assert ("gathered model" in out) is ("engine" not in settings or settings["engine"] == "hf")
+    monkeypatch.setenv("RANK", "1")
+    main(["train", "--model", "tiny", "--task", "reverse", "--device", "cpu", *words, "--dry-run"])
+    assert capsys.readouterr().out == ""
+
+
+def test_offloaded_state_is_on_the_cpu_and_not_in_the_peak() -> None:
+    work = replace(WORK, ranks=2, shards=2)
+    rest, peak = {"weights": 300 << 20, "gradients": 300 << 20}, Peak({"head": 7 << 20}, {"keys and values": 5 << 20})
+    gpu = torch.device("cuda")
+    lines = [dict_row for _, dict_row in _memory(replace(CONFIG, cpu_offload=True), gpu, work, rest, peak)]
+    assert lines[0] == "at rest on the CPU 600: weights 300, gradients 300"
+    assert lines[-1] == "~7 at the peak on cuda, without the runtime itself"
+    assert _memory(CONFIG, gpu, work, rest, peak)[-1][1] == "~607 at the peak, without the runtime itself"
+    vllm = replace(CONFIG, engine="vllm", engine_args={"gpu_memory_utilization": 0.5})
+    said = _memory(vllm, gpu, work, rest, Peak(peak.learning, {}))[2][1]
+    assert said.startswith("and all the time what vLLM takes: 0.5 of a GPU's memory")
 
 
 def test_a_mistake_in_a_dry_run_ends_in_one_sentence(capsys) -> None:

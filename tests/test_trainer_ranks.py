@@ -1,5 +1,6 @@
 """Whole runs under torchrun on two gloo ranks, against the same runs on one."""
 
+import copy
 import json
 import os
 import subprocess
@@ -8,11 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from fake_vllm import FakeVLLM
 from test_distributed import launch
 from tiny_runs import TINY, arguments, no_pictures, prepared, repeatable  # noqa: F401
 from worker_run import RUNS
 
+from repo_ops.trainer.config import TrainConfig
 from repo_ops.trainer.distributed import Ranks
+from repo_ops.trainer.door import check_ranks
 from repo_ops.trainer.loop import train
 from repo_ops.trainer.models import load_model
 
@@ -36,6 +40,8 @@ def test_what_ranks_do_together_holds_on_all(over_ranks: tuple[Path, list[str]])
         "check a rank without a prompt",
         "check one rank stops all",
         "check a prompt that one rank refuses is heard of on all",
+        "check the gathered model is as large as planned",
+        "check activations of a shard are as planned",
         "check a mistake on the first rank is heard on all",
     ]
 
@@ -76,6 +82,41 @@ def test_torchrun_starts_a_run_from_the_repository_root(tmp_path: Path) -> None:
     assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").open()] == [0, 1]
 
 
+@pytest.mark.slow
+def test_two_ranks_share_a_vllm_server(tmp_path: Path) -> None:
+    """The first gathers the weights and sends them; each asks for the completions of its prompts."""
+    model, tokenizer = load_model("tiny")
+    settings = {"engine": "vllm_server", "steps": 3, "lr": 1e-4, "reward": "prefix_match"}
+    with FakeVLLM(copy.deepcopy(model), tokenizer) as server:
+        settings["engine_args"] = {"url": server.url}
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        scripts = Path(sys.executable).parent
+        start = [scripts / "torchrun", "--standalone", "--nproc_per_node", "2", scripts / "repo-ops"]
+        command = [*map(str, start), *arguments(tmp_path / "two", **settings)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=290)
+        assert done.returncode == 0, done.stderr[-4000:]
+        sent = sum(path == "/collective_rpc" and b["method"] == "repo_ops_load_folder" for path, b in server.requests)
+    assert sent == 4  # before the first step and after each, by one rank
+    assert f"completions from vLLM 0.32.0 at {server.url}, in float32" in done.stdout
+    with FakeVLLM(model, tokenizer) as server:
+        train(prepared(tmp_path / "one", **{**settings, "engine_args": {"url": server.url}}))
+    found, expected = repeatable(tmp_path / "two"), repeatable(tmp_path / "one")
+    assert [line["step"] for line in found] == [0, 1, 2, 3]
+    for ours, alone in zip(found, expected, strict=True):
+        assert ours.keys() == alone.keys()
+        for key in ours.keys() - {"learner/micro_batches", "learner/tokens"}:
+            assert ours[key] == pytest.approx(alone[key], rel=1e-4, abs=1e-5), key
+    assert all(line["sampler_gap_abs"] < 1e-4 < line["grad_norm"] for line in found[1:])
+
+
+def test_two_ranks_have_no_vllm_in_process(tmp_path: Path) -> None:
+    config = TrainConfig(output_dir=str(tmp_path), **{**TINY, "engine": "vllm"})
+    with pytest.raises(
+        ValueError, match=r"engine: expected hf or vllm_server with 2 ranks, got vllm.*; start a server"
+    ):
+        check_ranks(config, Ranks(0, 2))
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -88,7 +129,7 @@ def test_torchrun_starts_a_run_from_the_repository_root(tmp_path: Path) -> None:
         ),
         ({"lora_rank": 2, "lora_targets": ["embed_tokens"]}, "lora_targets: expected linear layers, .* a Embedding"),
         ({"lora_rank": 2, "lora_targets": "all"}, "lora_targets: expected 'all-linear' or a list"),
-        ({"lora_alpha": 2.0}, "lora_alpha, lora_targets: expected a lora_rank beside them, got 0"),
+        ({"lora_alpha": 2.0}, "lora_alpha: expected nothing without lora_rank, got 2.0; add --lora_rank"),
         ({"lora_rank": 2, "lora_alpha": 0.0}, "lora_alpha: expected more than 0, got 0.0"),
     ],
 )

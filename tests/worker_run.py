@@ -8,7 +8,8 @@ from unittest import mock
 import torch
 from tiny_runs import prepared
 
-from repo_ops.trainer.distributed import is_sharded, leave, whole
+from repo_ops.trainer.distributed import inside, is_sharded, leave, whole
+from repo_ops.trainer.footprint import Workload, parts_at_peak
 from repo_ops.trainer.loop import train
 from repo_ops.trainer.rollout import GenerationStopped
 
@@ -77,6 +78,11 @@ def main():
         heard = "expected at least one token" in str(error)
     say("a prompt that one rank refuses is heard of on all", heard)
 
+    planned = prepared(folder / "planned", autocast=True)
+    held, kept, peak = held_and_kept(planned)
+    say("the gathered model is as large as planned", held == peak.generating["gathered model"])
+    say("activations of a shard are as planned", abs(kept / peak.learning["activations of a micro-batch"] - 1) < 0.02)
+
     def mistake():
         assert ranks.is_first
         raise ValueError("a mistake in the reward")
@@ -88,6 +94,41 @@ def main():
         heard = str(error) == "a mistake in the reward"
     say("a mistake on the first rank is heard on all", heard)
     leave()
+
+
+def held_and_kept(run):
+    """Bytes of the weights that this rank holds while it generates; those that autograd keeps of a micro-batch, and the
+    plan's for both.
+    """
+    model = run.model
+    work = Workload.of(run.config, [5, 5], 4, ranks=2)
+    with whole(model):
+        head = model.get_output_embeddings().weight
+        held = sum(p.nbytes for p in model.parameters()) + 2 * head.numel()  # autocast keeps a copy of the head
+    saved = {}
+
+    def note(tensor):
+        saved[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
+        return tensor
+
+    size = (work.rows, work.row)
+    mask = torch.ones(work.rows, 1, work.row, work.row, dtype=torch.bool)
+    rows = {"input_ids": torch.zeros(size, dtype=torch.int64), "position_ids": torch.arange(work.row).expand(size)}
+
+    def forward():
+        with (
+            torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor),
+            torch.autocast("cpu", torch.bfloat16),
+        ):
+            hidden = model.get_decoder()(**rows, attention_mask=mask, use_cache=False).last_hidden_state
+        rest = {p.untyped_storage()._cdata for p in (model.model.norm.weight, model.get_output_embeddings().weight)}
+        return hidden, rest
+
+    hidden, rest = inside(model, forward)
+    # the layers' weights have been given back: their storages are empty
+    kept = sum(storage.nbytes() for key, storage in saved.items() if key not in rest) + mask.numel()
+    hidden.sum().backward()
+    return held, kept, parts_at_peak(run.config, model.config, torch.device("cpu"), work)
 
 
 def tokens(groups):

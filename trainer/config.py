@@ -221,6 +221,11 @@ class TrainConfig:
         """The k of pass@k."""
         return sorted(set(self.eval_k or [1, self.heldout_samples]))
 
+    @property
+    def idle(self) -> list[str]:
+        """Settings that play no part because nothing is replayed. Not refused: switching replay off is one key."""
+        return [] if self.replay else [name for name in _OF_REPLAY if getattr(self, name) != _default(name)]
+
     def __post_init__(self) -> None:
         for names, least in _AT_LEAST.items():
             for name in names:
@@ -242,6 +247,7 @@ class TrainConfig:
                 f"prompts_per_step: expected at most train_size = {train_size}, got {self.prompts_per_step}; "
                 "a step would hold a prompt twice"
             )
+        self._check_company()
         self._check_data()
         self._check_rewards()
         check_engine_args(self.engine, self.engine_args)
@@ -250,8 +256,6 @@ class TrainConfig:
                 f"top_k, top_p: expected 0 and 1, or a top_k up to {MAX_KEPT}, got {self.top_k} and {self.top_p}; the "
                 "policy's log-probabilities are taken over the tokens that were kept"
             )
-        if self.lora_rank == 0 and (self.lora_alpha is not None or self.lora_targets != "all-linear"):
-            raise ValueError("lora_alpha, lora_targets: expected a lora_rank beside them, got 0; set lora_rank")
         if self.lora_alpha is not None and not self.lora_alpha > 0:
             raise ValueError(f"lora_alpha: expected more than 0, got {self.lora_alpha}")
         if "beta" in self.objective_args:
@@ -264,19 +268,26 @@ class TrainConfig:
         if self.replay is not None:
             self._check_replay()
 
+    def _check_company(self) -> None:
+        """Refuses what would be ignored."""
+        for needed, names in _ONLY_WITH.items():
+            for name in names:
+                if not getattr(self, needed) and getattr(self, name) != _default(name):
+                    raise ValueError(
+                        f"{name}: expected nothing without {needed}, got {getattr(self, name)!r}; add --{needed}"
+                    )
+        for name in ("keep_last", "save_async"):
+            if self.save_steps is None and getattr(self, name) != _default(name):
+                raise ValueError(f"{name}: expected nothing without checkpoints, got {getattr(self, name)!r}")
+        if self.push_to_hub is not None and not self.save_model:
+            raise ValueError("save_model: expected true with push_to_hub, which sends that folder, got false")
+        if self.eval_steps and (self.heldout_size == 0 or (self.data and not self.eval_data and not self.heldout_size)):
+            raise ValueError(
+                f"eval_steps: expected held-out prompts beside it, got none and {self.eval_steps}; set heldout_size"
+                + (" or eval_data" if self.data else "")
+            )
+
     def _check_data(self) -> None:
-        keys = (
-            "data_args",
-            "eval_data",
-            "eval_data_args",
-            "prompt_column",
-            "answer_column",
-            "chat",
-            "max_prompt_tokens",
-        )
-        for name in keys:
-            if self.data is None and getattr(self, name) != _default(name):
-                raise ValueError(f"{name}: expected nothing without data, got {getattr(self, name)!r}; add --data")
         if self.data is not None and (self.task != _default("task") or self.task_args):
             raise ValueError(f"task: expected none with data, got {self.task!r} {self.task_args}; drop one of the two")
 
@@ -315,6 +326,16 @@ def _default(name: str) -> Any:
 
 # of repo_ops.head.support.MAX_SUPPORT, which would import torch
 MAX_KEPT = 512
+
+_ONLY_WITH = {
+    "data": ("data_args", "eval_data", "prompt_column", "answer_column", "chat", "max_prompt_tokens"),
+    "eval_data": ("eval_data_args",),
+    "lora_rank": ("lora_alpha", "lora_targets"),
+    "report_to": ("project",),
+    "sample_steps": ("sample_rows",),
+}
+"""Setting -> those that mean nothing without it."""
+_OF_REPLAY = ("replay_num", "replay_capacity", "replay_min_size", "off_policy_coef", "advantage_mode")
 
 _AT_LEAST = {
     ("max_prompt_tokens",): 1,

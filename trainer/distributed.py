@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Ranks",
+    "as_started",
     "decoder_layers",
     "inside",
     "is_sharded",
@@ -124,12 +125,25 @@ def join(device: str | None = None) -> Ranks:
     Raises:
         ValueError: torch cannot use the device here, or there are more local ranks than GPUs.
     """
-    size = int(os.environ.get("WORLD_SIZE", "1"))
+    ranks = as_started(device)
+    if ranks.size > 1 and not dist.is_initialized():
+        if ranks.device.type == "cuda":
+            torch.cuda.set_device(ranks.device)
+        # objects travel over gloo, and so do gradients' norms where parameters are offloaded
+        dist.init_process_group("gloo" if ranks.device.type == "cpu" else f"cpu:gloo,{ranks.device.type}:nccl")
+    return ranks
+
+
+def as_started(device: str | None = None) -> Ranks:
+    """This process as torchrun started it, connected with nobody: what `join` begins with, and all of a dry run.
+
+    Raises:
+        ValueError: as `join`.
+    """
+    size, rank = (int(os.environ.get(name, default)) for name, default in (("WORLD_SIZE", "1"), ("RANK", "0")))
+    local = int(os.environ.get("LOCAL_RANK", "0"))
     chosen = _device(device)
-    if size == 1:
-        return Ranks(device=chosen)
-    rank, local = int(os.environ["RANK"]), int(os.environ.get("LOCAL_RANK", "0"))
-    if chosen.type == "cuda":
+    if size > 1 and chosen.type == "cuda":
         if device is not None and device != "cuda":
             raise ValueError(f"device: expected 'cuda' or none with {size} ranks, got {device!r}; each has its own GPU")
         if local >= torch.cuda.device_count():
@@ -138,10 +152,6 @@ def join(device: str | None = None) -> Ranks:
                 f"rank {local}; start fewer ranks, or use --device cpu"
             )
         chosen = torch.device("cuda", local)
-        torch.cuda.set_device(chosen)
-    if not dist.is_initialized():
-        # objects travel over gloo, and so do gradients' norms where parameters are offloaded
-        dist.init_process_group("gloo" if chosen.type == "cpu" else f"cpu:gloo,{chosen.type}:nccl")
     return Ranks(rank, size, chosen)
 
 

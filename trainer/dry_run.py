@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
-import os
 from typing import TYPE_CHECKING
 
 import torch
 
-import repo_ops
 from repo_ops.cost import GEMM_SHARE
 from repo_ops.doctor import backend_of
 from repo_ops.trainer.config import TrainConfig, settings_as_json
-from repo_ops.trainer.footprint import Parameters, Workload, flops_of_step, memory_at_rest, parts_at_peak, sketched
+from repo_ops.trainer.data import PromptStream
+from repo_ops.trainer.distributed import as_started
+from repo_ops.trainer.door import check_ranks, check_settings, make_objective
+from repo_ops.trainer.footprint import (
+    Parameters,
+    Peak,
+    Workload,
+    flops_of_step,
+    memory_at_rest,
+    parts_at_peak,
+    sketched,
+)
 from repo_ops.trainer.models import load_shape
 from repo_ops.trainer.rollout import encode_prompts
-from repo_ops.trainer.sources import make_task, open_source
+from repo_ops.trainer.rollout.engine_args import GPU_MEMORY_UTILIZATION
+from repo_ops.trainer.sources import make_task, open_rewards, open_source
 from repo_ops.trainer.throughput import peak_flops
 
 if TYPE_CHECKING:
@@ -31,26 +41,33 @@ def plan_of_run(config: TrainConfig) -> str:
     Raises:
         ValueError, ImportError: what `repo_ops.trainer.run.prepare` would raise for the objective, task or model.
     """
-    beta = {} if config.beta is None else {"beta": config.beta}
-    objective = repo_ops.get_objective(config.objective, **{"max_length": 1, **beta, **config.objective_args})
-    source = open_source(config)
-    device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    check_settings(config)
+    ranks = as_started(config.device)
+    check_ranks(config, ranks)
+    device, source = ranks.device, open_source(config)
+    open_rewards(config, source).close()
     shape, tokenizer = load_shape(config.model, seed=config.seed)
     task = make_task(config, source, tokenizer)
+    PromptStream(task.train, batch=config.prompts_per_step, seed=config.seed)
     # of a large data set the first prompts stand for all: it lies on disk and is not read as a whole
-    some = [example.prompt for example in task.train[:1000]]
-    lengths = [len(ids) for ids in encode_prompts(tokenizer, some)]
-    work = Workload.of(config, lengths, config.max_new_tokens or task.max_new_tokens)
+    lengths, heldout = (
+        [len(ids) for ids in encode_prompts(tokenizer, [example.prompt for example in examples])]
+        for examples in (task.train[:1000], task.heldout)
+    )
+    max_new_tokens = config.max_new_tokens or task.max_new_tokens
+    work = Workload.of(config, lengths, max_new_tokens, ranks=ranks.size, heldout=heldout)
+    reference = "ref_logps" in make_objective(config).reads and not config.lora_rank
     with sketched(config, shape, device) as model:
         parameters = Parameters.of(model)
-        rest = memory_at_rest(model, reference="ref_logps" in objective.reads and not config.lora_rank)
+        rest = {name: number // work.shards for name, number in memory_at_rest(model, reference=reference).items()}
     rows = [
         ("model", _model(config, parameters)),
         ("device", _device(device)),
         ("data", f"{len(task.train)} prompts of {min(lengths)} to {max(lengths)} tokens, {len(task.heldout)} held out"),
         *_steps(config, work, bool(task.heldout)),
-        *_memory(rest, parts_at_peak(config, shape, device, work), config.replicas),
+        *_memory(config, device, work, rest, parts_at_peak(config, shape, device, work)),
         *_arithmetic(config, flops_of_step(parameters, shape, work), device),
+        *([("not used", f"{', '.join(config.idle)}: nothing is replayed")] if config.idle else []),
     ]
     width = max(len(label) for label, _ in rows)
     settings = [f"  {name}: {value}" for name, value in settings_as_json(config).items()]
@@ -85,22 +102,32 @@ def _steps(config: TrainConfig, work: Workload, evaluates: bool) -> Sequence[tup
     ]
 
 
-def _memory(rest: dict[str, int], peak: dict[str, int], replicas: int) -> Sequence[tuple[str, str]]:
-    ranks = int(os.environ.get("WORLD_SIZE", "1"))
-    rest = {name: number * replicas // ranks for name, number in rest.items()}
-    together = sum(rest.values())
-    cache = peak["keys and values while generating"]
-    learning = sum(peak.values()) - cache
-
+def _memory(
+    config: TrainConfig, device: torch.device, work: Workload, rest: dict[str, int], peak: Peak
+) -> Sequence[tuple[str, str]]:
     def listed(parts: dict[str, int]) -> str:
-        return ", ".join(f"{name} {number / MIB:,.0f}" for name, number in parts.items())
+        found = ", ".join(f"{name} {number / MIB:,.0f}" for name, number in parts.items())
+        return f"{sum(parts.values()) / MIB:,.0f}: {found}"
 
-    on_each = f" on each of {ranks} ranks" if ranks > 1 else ""
+    offloaded = config.cpu_offload and device.type != "cpu"
+    here = peak.largest + (0 if offloaded else sum(rest.values()))
+    generating = f"while generating ~{listed(peak.generating)}" if peak.generating else _engine_of_its_own(config)
     return [
-        (f"memory, MiB{on_each}", f"{together / MIB:,.0f} at rest: {listed(rest)}"),
-        ("", "~" + listed(peak)),
-        ("", f"~{(together + max(cache, learning)) / MIB:,.0f} at the peak, without the runtime itself"),
+        (
+            f"memory, MiB{f' on each of {work.ranks} ranks' if work.ranks > 1 else ''}",
+            f"at rest {'on the CPU ' if offloaded else ''}{listed(rest)}",
+        ),
+        ("", f"while learning ~{listed(peak.learning)}"),
+        ("", generating),
+        ("", f"~{here / MIB:,.0f} at the peak{f' on {device.type}' if offloaded else ''}, without the runtime itself"),
     ]
+
+
+def _engine_of_its_own(config: TrainConfig) -> str:
+    if config.engine == "vllm_server":
+        return "while generating nothing: the server has its own"
+    share = config.engine_args.get("gpu_memory_utilization", GPU_MEMORY_UTILIZATION)
+    return f"and all the time what vLLM takes: {share:g} of a GPU's memory (engine_args.gpu_memory_utilization)"
 
 
 def _arithmetic(config: TrainConfig, flops: dict[str, float], device: torch.device) -> Sequence[tuple[str, str]]:

@@ -1,6 +1,7 @@
 """What a run needs of memory and arithmetic, from its settings and the shape of its model; docs/running.md derives it.
 
-Weights, gradients and AdamW's state are exact. The rest is an estimate: nothing is run on data, and allocators round.
+Memory is that of one rank. Weights, gradients and AdamW's state are exact. The rest is an estimate: nothing is run on
+data, and allocators round.
 """
 
 from __future__ import annotations
@@ -15,13 +16,28 @@ from torch._subclasses import FakeTensorMode
 
 from repo_ops.head.plan import CPU_BUDGET, GPU_ROWS
 from repo_ops.trainer.config import TrainConfig
+from repo_ops.trainer.distributed import decoder_layers
 from repo_ops.trainer.lora import add_lora
 from repo_ops.trainer.recompute import recompute_layers
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
-__all__ = ["Parameters", "Workload", "activation_bytes", "flops_of_step", "memory_at_rest", "parts_at_peak", "sketched"]
+__all__ = [
+    "ACTIVATIONS",
+    "CACHE",
+    "GATHERED_MODEL",
+    "Parameters",
+    "Peak",
+    "Workload",
+    "activation_bytes",
+    "flops_of_step",
+    "memory_at_rest",
+    "parts_at_peak",
+    "sketched",
+]
+
+ACTIVATIONS, CACHE, GATHERED_MODEL = "activations of a micro-batch", "keys and values", "gathered model"
 
 SEQUENCES_AT_ONCE = 128
 """Most sequences that rollout/hf.py samples together."""
@@ -39,10 +55,25 @@ class Workload:
     replayed: int
     """Of each prompt, at most."""
     micro_batch_tokens: int
+    ranks: int
+    """Processes that share the step out; with more than one, the model is sharded."""
+    shards: int
+    """Ranks that hold one copy of the model together."""
+    sampled: int
+    """Tokens that one rank samples at once, prompts included, at most: in a step or in an evaluation."""
 
     @classmethod
-    def of(cls, config: TrainConfig, lengths: Sequence[int], max_new_tokens: int) -> Workload:
-        """From a run's settings and the lengths of its prompts in tokens."""
+    def of(
+        cls,
+        config: TrainConfig,
+        lengths: Sequence[int],
+        max_new_tokens: int,
+        *,
+        ranks: int = 1,
+        heldout: Sequence[int] = (),
+    ) -> Workload:
+        """From a run's settings and the lengths of its prompts in tokens, those to train on and those held out."""
+        asked = ((config.prompts_per_step, config.group_size, lengths), (len(heldout), config.heldout_samples, heldout))
         return cls(
             longest_prompt=max(lengths),
             mean_prompt=sum(lengths) / len(lengths),
@@ -51,6 +82,12 @@ class Workload:
             group_size=config.group_size,
             replayed=config.replay_num if config.replay else 0,
             micro_batch_tokens=config.micro_batch_tokens,
+            ranks=ranks,
+            shards=ranks // config.replicas,
+            sampled=max(
+                min(SEQUENCES_AT_ONCE, -(-prompts // ranks) * samples) * (max(each, default=0) + max_new_tokens)
+                for prompts, samples, each in asked
+            ),
         )
 
     @property
@@ -62,7 +99,7 @@ class Workload:
     @property
     def rows(self) -> int:
         """Packed rows of the largest micro-batch."""
-        return max(1, min(self.micro_batch_tokens // self.row, self.prompts))
+        return max(1, min(self.micro_batch_tokens // self.row, -(-self.prompts // self.ranks)))
 
     @property
     def completions(self) -> int:
@@ -108,21 +145,97 @@ def _local_bytes(parameter: torch.Tensor) -> int:
     return local.numel() * local.element_size()
 
 
-def parts_at_peak(config: TrainConfig, shape: PretrainedConfig, device: torch.device, work: Workload) -> dict[str, int]:
-    """Bytes that come on top while a step generates, and while it learns, by part: estimates.
-
-    The two are not there together: generation is over when the learner begins.
+@dataclass(frozen=True)
+class Peak:
+    """Bytes that come on top, by part: estimates. The two are not there together: generation is over when the learner
+    begins.
     """
-    return {
-        "activations of a micro-batch": activation_bytes(config, shape, device, work),
+
+    learning: dict[str, int]
+    generating: dict[str, int]
+    """{} where another engine than hf generates: its memory is its own."""
+
+    @property
+    def largest(self) -> int:
+        """Of the two."""
+        return max(sum(self.learning.values()), sum(self.generating.values()))
+
+
+def parts_at_peak(config: TrainConfig, shape: PretrainedConfig, device: torch.device, work: Workload) -> Peak:
+    """What comes on top of `memory_at_rest` while a step learns, and while it generates."""
+    learning = {
+        ACTIVATIONS: activation_bytes(config, shape, device, work),
         "head": head_bytes(shape, device, getattr(torch, config.dtype), work),
-        "keys and values while generating": cache_bytes(config, shape, work),
     }
+    generating = {CACHE: cache_bytes(config, shape, work)}
+    with sketched(config, shape, device) as model:
+        if work.ranks > 1:
+            learning["gathered layers, embeddings and head"] = gathered_bytes(model, config)
+            generating[GATHERED_MODEL] = whole_bytes(model, config) + cast_bytes(model, config, layers=False)
+        elif config.autocast:
+            generating["weights in bfloat16"] = cast_bytes(model, config, layers=True)
+    return Peak(learning, generating if config.engine == "hf" else {})
+
+
+def whole_bytes(model: PreTrainedModel, config: TrainConfig) -> int:
+    """Bytes of the model on each rank while it generates (`repo_ops.trainer.distributed.whole`): layers in the dtype
+    that is computed in, embeddings and head in their own.
+    """
+    layers, rest = _layers_and_rest(model)
+    return _bytes_in(_compute_dtype(config), *layers) + sum(p.nbytes for p in rest)
+
+
+def gathered_bytes(model: PreTrainedModel, config: TrainConfig) -> int:
+    """Bytes that FSDP2 gathers at a time while it learns: embeddings, head and their gradient whole; of the layers the
+    one that is computed and the next, and one's gradient, once more in float32 to be added up over ranks.
+    """
+    layers, rest = _layers_and_rest(model)
+    compute = _compute_dtype(config)
+    largest = max(layers, key=lambda layer: sum(p.numel() for p in layer))
+    trained = [p for p in largest if p.requires_grad]
+    rest_trained = [p for p in rest if p.requires_grad]
+    gradient = _bytes_in(compute, trained) + _bytes_in(torch.float32, trained)
+    return sum(p.nbytes for p in [*rest, *rest_trained]) + 2 * _bytes_in(compute, largest) + gradient
+
+
+def cast_bytes(model: PreTrainedModel, config: TrainConfig, *, layers: bool) -> int:
+    """Bytes of the bfloat16 copies that autocast makes of trained float32 weights for its products, and keeps while it
+    generates.
+
+    Args:
+        layers: of those in the layers too, not of the head alone.
+    """
+    if not config.autocast or config.dtype != "float32":
+        return 0
+    head = model.get_output_embeddings().weight
+    products = {p for m in model.modules() if isinstance(m, torch.nn.Linear) for p in m.parameters(recurse=False)}
+    return sum(2 * p.numel() for p in products if p.requires_grad and (layers or p is head))
+
+
+def _layers_and_rest(model: PreTrainedModel) -> tuple[list[list[torch.nn.Parameter]], list[torch.nn.Parameter]]:
+    """The parameters of each layer, and all others."""
+    layers = [list(layer.parameters()) for layer in decoder_layers(model)]
+    inside = {p for layer in layers for p in layer}
+    return layers, [p for p in model.parameters() if p not in inside]
+
+
+def _compute_dtype(config: TrainConfig) -> torch.dtype:
+    return torch.bfloat16 if config.autocast else getattr(torch, config.dtype)
+
+
+def _bytes_in(dtype: torch.dtype, *groups: Sequence[torch.nn.Parameter]) -> int:
+    return sum(p.numel() * dtype.itemsize for group in groups for p in group)
 
 
 @contextmanager
-def sketched(config: TrainConfig, shape: PretrainedConfig, device: torch.device) -> Iterator[PreTrainedModel]:
-    """The model that a run would train, its tensors without storage; only inside the block."""
+def sketched(
+    config: TrainConfig, shape: PretrainedConfig, device: torch.device, *, layers: torch.dtype | None = None
+) -> Iterator[PreTrainedModel]:
+    """The model that a run would train, its tensors without storage; only inside the block.
+
+    Args:
+        layers: dtype of the layers' weights (None: that of all).
+    """
     from transformers import AutoModelForCausalLM
 
     # made without a device first: neither initial values nor adapters can be set on tensors without storage
@@ -130,6 +243,8 @@ def sketched(config: TrainConfig, shape: PretrainedConfig, device: torch.device)
         model = AutoModelForCausalLM.from_config(shape, dtype=getattr(torch, config.dtype)).eval()
         if config.lora_rank:
             add_lora(model, rank=config.lora_rank, alpha=1.0, targets=config.lora_targets)
+        for layer in decoder_layers(model) if layers is not None else ():
+            layer.to(layers)
     with FakeTensorMode(allow_non_fake_inputs=True), torch.device(device):
         model.to_empty(device=device)
         model.tie_weights()
@@ -153,7 +268,8 @@ def _saved_bytes(config: TrainConfig, shape: PretrainedConfig, device: torch.dev
     added up, each storage once, weights left out.
     """
     saved: dict[int, Any] = {}
-    with sketched(config, shape, device) as model:
+    # ranks gather layers in the dtype that is computed in, and give them back: no cast of a weight is kept
+    with sketched(config, shape, device, layers=_compute_dtype(config) if work.ranks > 1 else None) as model:
         weights = {p.untyped_storage()._cdata for p in model.parameters()}
         if config.recompute_layers:
             recompute_layers(model)
@@ -190,14 +306,14 @@ def head_bytes(shape: PretrainedConfig, device: torch.device, dtype: torch.dtype
 
 
 def cache_bytes(config: TrainConfig, shape: PretrainedConfig, work: Workload) -> int:
-    """Bytes of keys and values of the sequences that are generated together, each at its full length."""
+    """Bytes of keys and values of the sequences that a rank generates together, each at its full length.
+
+    In the weights' dtype: autocast's keys come out of the rotation by float32 angles in float32, and values join them.
+    """
     text = shape.get_text_config()
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    itemsize = 2 if config.autocast else getattr(torch, config.dtype).itemsize
-    sequences = min(SEQUENCES_AT_ONCE, work.prompts * work.group_size)
-    length = work.longest_prompt + work.max_new_tokens
-    return 2 * text.num_hidden_layers * heads * width * itemsize * sequences * length
+    return 2 * text.num_hidden_layers * heads * width * getattr(torch, config.dtype).itemsize * work.sampled
 
 
 def flops_of_step(parameters: Parameters, shape: PretrainedConfig, work: Workload) -> dict[str, float]:

@@ -10,7 +10,16 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from repo_ops.trainer.failed import RunFailed
-from repo_ops.trainer.footprint import Workload, activation_bytes, memory_at_rest, parts_at_peak, sketched
+from repo_ops.trainer.footprint import (
+    ACTIVATIONS,
+    CACHE,
+    GATHERED_MODEL,
+    Workload,
+    activation_bytes,
+    memory_at_rest,
+    parts_at_peak,
+    sketched,
+)
 from repo_ops.trainer.rollout import encode_prompts
 from repo_ops.trainer.run_record import has_reference
 
@@ -56,14 +65,16 @@ def explained(run: Run) -> Iterator[None]:
 def explain(run: Run, error: BaseException) -> str:
     """What was largest, the three settings that save most, and what the allocator said."""
     generating = _happened_in(error, "/rollout/")
-    prompts = encode_prompts(run.tokenizer, [example.prompt for example in run.task.train[:1000]])
-    work = Workload.of(run.config, [len(ids) for ids in prompts], run.max_new_tokens)
-    device, shape = run.learner.ranks.device, run.model.config
-    rest = memory_at_rest(run.model, reference=has_reference(run))
+    lengths, heldout = (
+        [len(ids) for ids in encode_prompts(run.tokenizer, [example.prompt for example in examples])]
+        for examples in (run.task.train[:1000], run.task.heldout)
+    )
+    device, shape, ranks = run.learner.ranks.device, run.model.config, run.learner.ranks.size
+    work = Workload.of(run.config, lengths, run.max_new_tokens, ranks=ranks, heldout=heldout)
     peak = parts_at_peak(run.config, shape, device, work)
-    cache = "keys and values while generating"
-    absent = [name for name in peak if (name == cache) is not generating]
-    parts = {**rest, **{name: number for name, number in peak.items() if name not in absent}}
+    offloaded = run.config.cpu_offload and device.type != "cpu"
+    rest = {} if offloaded else memory_at_rest(run.model, reference=has_reference(run))
+    parts = {**rest, **(peak.generating if generating else peak.learning)}
     largest = sorted(parts.items(), key=lambda part: -part[1])
     lines = [
         f"out of memory on {device} while {'generating' if generating else 'learning'}: {str(error).splitlines()[0]}",
@@ -78,7 +89,7 @@ def knobs(run: Run, work: Workload, parts: dict[str, int]) -> list[Knob]:
     """Settings of this run that save memory where it ran out, the one that saves most first."""
     config, device, shape = run.config, run.learner.ranks.device, run.model.config
     found = []
-    activations = parts.get("activations of a micro-batch", 0)
+    activations = parts.get(ACTIVATIONS, 0)
     largest = work.rows * work.row
     longest = work.longest_prompt + work.max_new_tokens
     if activations and largest > longest:
@@ -89,7 +100,7 @@ def knobs(run: Run, work: Workload, parts: dict[str, int]) -> list[Knob]:
     if activations and not config.recompute_layers:
         less = activation_bytes(replace(config, recompute_layers=True), shape, device, work)
         found.append(Knob(activations - less, "--recompute_layers true (a third more time)"))
-    if cache := parts.get("keys and values while generating"):
+    if cache := parts.get(CACHE):
         shorter = max(1, work.max_new_tokens // 2)
         saved = cache * (work.max_new_tokens - shorter) // longest
         found.append(Knob(saved, f"--max_new_tokens {shorter} (now {work.max_new_tokens})"))
@@ -101,8 +112,12 @@ def knobs(run: Run, work: Workload, parts: dict[str, int]) -> list[Knob]:
     rest = sum(number for name, number in parts.items() if name in AT_REST)
     if not config.lora_rank:
         with sketched(replace(config, lora_rank=16), shape, device) as model:
-            adapted = sum(memory_at_rest(model, reference=False).values()) // run.learner.ranks.size
+            adapted = sum(memory_at_rest(model, reference=False).values()) // work.shards
         found.append(Knob(rest - adapted, "--lora_rank 16 (adapters are trained, their reference costs nothing)"))
+    if gathered := parts.get(GATHERED_MODEL):
+        found.append(Knob(gathered, "--engine vllm_server (which samples elsewhere; see docs/scaling.md)"))
+    if work.ranks > 1 and device.type == "cuda" and not config.cpu_offload:
+        found.append(Knob(rest, "--cpu_offload true (slower: the optimizer steps on the CPU)"))
     if device.type == "cuda":
         ranks = 2 * run.learner.ranks.size
         found.append(

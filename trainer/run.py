@@ -10,18 +10,16 @@ from typing import TYPE_CHECKING
 import torch
 import transformers
 
-import repo_ops
-from repo_ops.objectives.base import Objective
 from repo_ops.replay import ReplayBuffer
 from repo_ops.trainer.checkpoint import Checkpoint
 from repo_ops.trainer.config import TrainConfig
 from repo_ops.trainer.data import PromptStream
-from repo_ops.trainer.distributed import Ranks, join
-from repo_ops.trainer.learner import Learner, reads_top_logps
+from repo_ops.trainer.distributed import join
+from repo_ops.trainer.door import check_ranks, check_settings, make_buffer, make_objective
+from repo_ops.trainer.learner import Learner
 from repo_ops.trainer.lora import add_lora
 from repo_ops.trainer.models import load_model
 from repo_ops.trainer.models.liger import patch_layers
-from repo_ops.trainer.publish import check_hub
 from repo_ops.trainer.resume import checkpoint_of, restore
 from repo_ops.trainer.rewards import Rewards
 from repo_ops.trainer.rollout import RolloutEngine
@@ -29,7 +27,6 @@ from repo_ops.trainer.rollout.load import load_engine
 from repo_ops.trainer.rollout.over_ranks import OverRanks
 from repo_ops.trainer.sources import make_task, open_rewards, open_source
 from repo_ops.trainer.tasks import Task
-from repo_ops.trainer.trackers import check_installed, tracker_names
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -98,23 +95,11 @@ def prepare(config: TrainConfig) -> Run:
         ValueError: a setting that the objective, the replay, the task, the reward or the model refuses.
         ImportError: a package that a setting needs is missing.
     """
-    beta = {} if config.beta is None else {"beta": config.beta}
-    objective_args = {**beta, **config.objective_args}
-    _check_top_logps(config, repo_ops.get_objective(config.objective, **{"max_length": 1, **objective_args}))
-    check_installed(tracker_names(config.report_to), option="report_to")
-    check_installed(["pyarrow"] if config.save_completions else [], option="save_completions")
+    check_settings(config)
     ranks = join(config.device)
-    _check_ranks(config, ranks)
-    two = torch.zeros(2)
-    repo_ops.group_advantages(two, two.long(), off_policy=two.bool(), lengths=two.long(), **config.advantages)
-    check_hub(config.push_to_hub)
-    notes: list[str] = []
+    check_ranks(config, ranks)
+    notes = [f"nothing is replayed: {', '.join(config.idle)} play no part"] if config.idle else []
     checkpoint = checkpoint_of(config, ranks, notes.append)
-    buffer = None
-    if config.replay is not None:
-        buffer = ReplayBuffer(
-            config.replay_capacity, config.replay, config.replay_num, config.replay_min_size, seed=config.seed
-        )
     source = open_source(config)
     rewards = open_rewards(config, source)
 
@@ -138,8 +123,7 @@ def prepare(config: TrainConfig) -> Run:
     autocast = torch.bfloat16 if config.autocast else None
     learner = Learner(
         model,
-        # Dr.GRPO divides by the generation budget, unless told otherwise
-        repo_ops.get_objective(config.objective, **{"max_length": max_new_tokens, **objective_args}),
+        make_objective(config, max_length=max_new_tokens),
         off_policy_coef=config.off_policy_coef,
         temperature=config.temperature,
         max_tokens=config.micro_batch_tokens,
@@ -161,38 +145,13 @@ def prepare(config: TrainConfig) -> Run:
     engine.check_prompts([e.prompt for e in (*task.heldout, *task.train[:1000])], max_new_tokens=max_new_tokens)
     layers = "bfloat16" if config.autocast else config.dtype
     notes.append(f"completions from {engine.describe()}; the learner computes its layers in {layers}")
-    run = Run(config, folder, task, rewards, max_new_tokens, model, tokenizer, engine, learner, buffer, prompts)
+    run = Run(
+        config, folder, task, rewards, max_new_tokens, model, tokenizer, engine, learner, make_buffer(config), prompts
+    )
     run.resumed, run.notes = checkpoint, notes
     if checkpoint is not None:
         run.notes += restore(run, checkpoint)
     return run
-
-
-def _check_ranks(config: TrainConfig, ranks: Ranks) -> None:
-    if config.engine == "vllm" and ranks.size > 1:
-        raise ValueError(
-            f"engine: expected hf or vllm_server with {ranks.size} ranks, got vllm, which lives in one process; start "
-            "a server for all of them (docs/scaling.md)"
-        )
-    if ranks.size % config.replicas:
-        raise ValueError(f"replicas: expected a divisor of the {ranks.size} ranks, got {config.replicas}")
-    if config.cpu_offload and ranks.size == 1:
-        raise ValueError("cpu_offload: expected a sharded model, got one rank; start more with torchrun")
-
-
-def _check_top_logps(config: TrainConfig, objective: Objective) -> None:
-    if not reads_top_logps(objective):
-        return
-    if config.replay is not None:
-        raise ValueError(
-            f"replay: expected none with {config.objective}, got {config.replay!r}; the buffer does not keep the "
-            "sampler's likeliest tokens, which this objective reads"
-        )
-    if config.top_k != 0 or config.top_p != 1:
-        raise ValueError(
-            f"top_k, top_p: expected 0 and 1 with {config.objective}, got {config.top_k} and {config.top_p}; the "
-            "divergence would measure what the sampler cut off"
-        )
 
 
 def _output_folder(name: str) -> Path:

@@ -177,9 +177,9 @@ def _settled(function: RewardFunction, batch: _Batch, outcome: Any) -> tuple[lis
         outcome = plain(outcome)
         problem = _not_a_list(outcome, len(batch))
         if problem is None:
-            late = [isinstance(value, ChildLost) and value.timed_out for value in outcome]
-            numbers = [(None, None) if timed_out else _number(value) for value, timed_out in zip(outcome, late)]
-            return [n for n, _ in numbers], [text for _, text in numbers if text is not None], sum(late)
+            lost = [isinstance(value, ChildLost) and value.timed_out for value in outcome]
+            numbers = [(None, None) if timed_out else _number(value) for value, timed_out in zip(outcome, lost)]
+            return [n for n, _ in numbers], [text for _, text in numbers if text is not None], sum(lost)
         outcome = CallFailed(problem)
     if len(batch) == 1:
         return [None], [_message(outcome)], 0

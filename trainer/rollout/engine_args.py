@@ -19,6 +19,8 @@ IN_PROCESS = {
     "worker_extension_cls": "it receives the weights",
 }
 """Arguments of vllm.LLM that the engine sets itself, and why."""
+GPU_MEMORY_UTILIZATION = 0.3
+"""What vLLM in this process takes of a GPU, unless told otherwise: the policy needs the rest."""
 
 
 @dataclass(frozen=True)

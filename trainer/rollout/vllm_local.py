@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from repo_ops.trainer.rollout import Completion, EngineError, GenerationStopped, never
-from repo_ops.trainer.rollout.engine_args import check_engine_args, require_known
+from repo_ops.trainer.rollout.engine_args import GPU_MEMORY_UTILIZATION, check_engine_args, require_known
 from repo_ops.trainer.rollout.vllm_answer import Answers, Drawn, Request, check_settings, in_words
 from repo_ops.trainer.rollout.weights import Digest, compare_weights, full_weights
 
@@ -52,7 +52,7 @@ class VLLMInProcess:
         self.version: int | None = None
         self.should_stop: Callable[[], bool] = never
         self._answers = Answers(model, tokenizer, stop)
-        self._llm = _start({"gpu_memory_utilization": 0.3, "dtype": dtype, **llm_args}, source)
+        self._llm = _start({"gpu_memory_utilization": GPU_MEMORY_UTILIZATION, "dtype": dtype, **llm_args}, source)
         self._limits = check_settings(self._rpc("repo_ops_settings"), self._answers.num_tokens, "")
 
     def describe(self) -> str:
