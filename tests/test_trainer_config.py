@@ -59,7 +59,6 @@ def refused(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> str:
         (["--sample_steps", "0", "--sample_rows", "9"], "sample_rows: expected nothing without sample_steps, got 9"),
         (["--project", "mine"], "project: expected nothing without report_to, got 'mine'; add --report_to"),
         (["--save_steps", "null", "--keep_last", "3"], "keep_last: expected nothing without checkpoints, got 3"),
-        (["--push_to_hub", "a/b", "--save_model", "false"], "save_model: expected true with push_to_hub"),
         (
             ["--eval_steps", "5", "--heldout_size", "0"],
             "eval_steps: expected held-out prompts beside it, got none and 5",

@@ -186,7 +186,7 @@ class TrainConfig:
     threads: int | None = None
     """CPU threads of torch (none: its own choice)."""
     save_model: bool = True
-    """Write the trained model to output_dir/model."""
+    """Write the trained model to output_dir/model; push_to_hub writes it in any case."""
     push_to_hub: str | None = None
     """Upload the trained model to this Hugging Face repository, organisation/name; made private if it is not there."""
 
@@ -279,8 +279,6 @@ class TrainConfig:
         for name in ("keep_last", "save_async"):
             if self.save_steps is None and getattr(self, name) != _default(name):
                 raise ValueError(f"{name}: expected nothing without checkpoints, got {getattr(self, name)!r}")
-        if self.push_to_hub is not None and not self.save_model:
-            raise ValueError("save_model: expected true with push_to_hub, which sends that folder, got false")
         if self.eval_steps and (self.heldout_size == 0 or (self.data and not self.eval_data and not self.heldout_size)):
             raise ValueError(
                 f"eval_steps: expected held-out prompts beside it, got none and {self.eval_steps}; set heldout_size"
