@@ -66,7 +66,7 @@ test: $(DEV_STAMP)
 # cannot trace.
 VERSIONS ?= 2.6.0 2.14.1
 CORE := $(patsubst %,tests/test_%.py,accumulate_weight_grad advantages errors golden golden_advantages group_edits \
-  head_gemm head_plan imports linear_logps linear_policy_loss linear_stats logit_offsets metrics objectives \
+  head_gemm head_plan head_streamed imports linear_logps linear_policy_loss linear_stats logit_offsets metrics objectives \
   objectives_fused objectives_properties objectives_terms policy_loss public_api readme reduce replay_buffer \
   replay_max_variance replay_sample support)
 

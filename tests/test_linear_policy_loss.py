@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils.checkpoint import checkpoint
 from truth import leaf, make_case, relative_error
 from watch import Watch
 
@@ -728,7 +729,7 @@ def test_activation_checkpointing_around_the_loss():
             hidden, case.weight, case.targets, case.advantages, objective="dapo", old_logps=case.old_logps
         ).loss
 
-    torch.utils.checkpoint.checkpoint(loss, hidden, use_reentrant=False).backward()
+    checkpoint(loss, hidden, use_reentrant=False).backward()
     assert torch.equal(hidden.grad, leaves["hidden"].grad)
 
 
