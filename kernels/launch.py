@@ -189,12 +189,12 @@ class Launch:
         """Issue the launch on `device`. A grid of no programs issues nothing."""
         if self.programs == 0:
             return
-        with _current(device):
+        with on_device(device):
             self.kernel[(self.programs,)](**self.arguments, **self.options)
 
 
-def _current(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    # Triton launches on the current device, whatever device the pointers belong to
+def on_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """A context in which `device` is current: Triton launches there, whatever device the pointers belong to."""
     if device.type == "cuda":
         return torch.cuda.device(device)
     if device.type == "xpu":

@@ -17,17 +17,17 @@ import triton.language as tl
 from torch import Tensor
 
 from repo_ops.kernels import tune
+from repo_ops.kernels.elementwise import FLOATS, elementwise_arguments, finish_logits, log1p
 from repo_ops.kernels.launch import (
     Config,
     Launch,
     architecture_of,
-    check_positive,
     check_runnable,
     check_vector,
     interpreting,
     launch_config,
 )
-from repo_ops.kernels.logit_rows import FLOATS, RowStats, _finish_logits, _log1p, new_stats
+from repo_ops.kernels.logit_rows import RowStats, new_stats
 
 _ROWS_A_LAUNCH = 16384
 """Bounds the memory between the kernels: 8 to 16 bytes for each row and `Config.share` entries of the vocabulary."""
@@ -85,7 +85,7 @@ def _fold_logits(
     The target's logit goes to z_target instead.
     """
     width: tl.constexpr = raw.shape[1]
-    z = _finish_logits(raw, None, None, None, logit_scale, softcap, inv_t[:, None])
+    z = finish_logits(raw, None, None, None, logit_scale, softcap, inv_t[:, None])
     lanes = tl.arange(0, width)
     local = tl.where((target >= start) & (target < start + width), target - start, -1)
     # Few tiles hold a target of these rows, and one a column past the end. A branch for each mask: on CDNA masks that
@@ -151,7 +151,7 @@ def _fold_tile(
         return _fold_part(raw, target, start, V, logit_scale, softcap, inv_t, m, r, u, q, z_target, ENTROPY, SUM_P2)
 
 
-# Only dtypes, which options are None, and the flags make another binary; see logit_rows.
+# Only dtypes, which options are None, and the flags make another binary; see logit_rows/tile.py.
 _RUNTIME = [
     "inv_temperature_value", "logit_scale", "softcap", "N", "V", "D", "R",
     "hidden_stride", "weight_stride", "adapter_hidden_stride", "adapter_weight_stride",
@@ -333,7 +333,7 @@ def join_shares_kernel(
     scale = tl.where(certain, tl.exp(others_lag), 1.0)
     rest = scale * r
     total = rest + e
-    log_total = tl.where(certain, _log1p(rest), tl.log(total))
+    log_total = tl.where(certain, log1p(rest), tl.log(total))
     tl.store(logps + row, tl.where(known, lag - log_total, float("nan")), mask=is_row)
     tl.store(row_max + row, peak, mask=is_row)
     tl.store(log_sum + row, log_total, mask=is_row)
@@ -447,28 +447,21 @@ def tiled_launches(
             f"targets: expected shape [{hidden.shape[0]}] like the rows of hidden, got {list(targets.shape)};"
             " pass rows to compute some of them"
         )
+    scaling = elementwise_arguments(num_rows, vocabulary, device, bias, inv_temperature, logit_scale, softcap)
     vectors = {
         "targets": check_vector("targets", targets, num_rows, (torch.int64,), device),
         "rows": check_vector("rows", rows, num_rows, (torch.int64,), device),
-        "inv_temperature": None,
+        "inv_temperature": scaling["inv_temperature"],
     }
-    scale = 1.0
-    if isinstance(inv_temperature, Tensor):
-        vectors["inv_temperature"] = check_vector("inv_temperature", inv_temperature, num_rows, FLOATS[:1], device)
-    else:
-        scale = check_positive("inv_temperature", inv_temperature) or 1.0
     low_rank = _check_adapter(adapter, hidden, weight)
     if config is None:
         kernel, dtype = _tuning_key(hidden, weight)
         config = launch_config(kernel, architecture, dtype)
     constants = {
         **_product_arguments(head, low_rank, config),
+        **scaling,
         "weight": weight,
         "adapter_weight": low_rank.weight,
-        "bias": check_vector("bias", bias, vocabulary, FLOATS, device),
-        "inv_temperature_value": scale,
-        "logit_scale": float(logit_scale),
-        "softcap": check_positive("softcap", softcap),
         "V": vocabulary,
         # numpy has no bfloat16 product
         "UPCAST": hidden.dtype != weight.dtype or interpreting(),

@@ -19,7 +19,7 @@ import torch
 import triton
 from torch import Tensor
 
-from repo_ops.kernels.launch import Config, Launch, architecture_of, launch_config, shared_memory_limit
+from repo_ops.kernels.launch import Config, Launch, architecture_of, launch_config, on_device, shared_memory_limit
 
 Make = Callable[[Config], tuple[Launch | Sequence[Launch], Any]]
 """The launch or launches of a call under a configuration, with what they fill; each on memory that it may destroy."""
@@ -102,7 +102,8 @@ def _milliseconds(launches: Sequence[Launch], device: torch.device) -> float:
         for launch in launches:
             launch.run(device)
 
-    return float(triton.testing.do_bench(call))
+    with on_device(device):  # whose events the clock has to record
+        return float(triton.testing.do_bench(call))
 
 
 def main() -> int:

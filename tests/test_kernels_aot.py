@@ -61,6 +61,11 @@ def test_no_atomics(rows):
     assert cases_where(rows, lambda row: row["atomics"]) == []
 
 
+def test_no_memory_from_an_allocator(rows):
+    """Descriptors take theirs from an allocator that is set for one thread and missing in others (verl #4676)."""
+    assert not cases_where(rows, lambda row: row["scratch_bytes"])
+
+
 def test_row_kernels_load_16_bytes_at_a_time(rows):
     of_rows = [row for row in rows if row["kernel"].startswith("row_")]
     assert len(of_rows) >= 5
@@ -149,12 +154,13 @@ def test_other_lengths_and_temperatures_reuse_the_binary(report):
 
 def compiled(**changes):
     """A binary without a fault, but for `changes`."""
-    from repo_ops.kernels import aot
+    from repo_ops.kernels import binaries
 
-    row = aot.Compiled(
+    row = binaries.Compiled(
         case="tiled_logps bfloat16", kernel="tiled_logps_kernel", architecture="sm_90", tile="128x256x64", num_warps=8,
-        registers=254, spills=0, shared_bytes=147456, local_bytes=0, programs_per_unit=1, loads={16: 36, 8: 3},
-        stores={4: 3}, atomics=0, tensor_core={"wgmma": 4}, bfloat16_roundings=0, grid_axes=("x",), offset_bits=(64,),
+        registers=254, spills=0, shared_bytes=147456, local_bytes=0, scratch_bytes=0, programs_per_unit=1,
+        loads={16: 36, 8: 3}, stores={4: 3}, atomics=0, tensor_core={"wgmma": 4}, bfloat16_roundings=0,
+        grid_axes=("x",), offset_bits=(64,),
         element="logit", bytes_per_element=96.0,
     )  # fmt: skip
     return dataclasses.replace(row, **changes)
@@ -166,6 +172,7 @@ def compiled(**changes):
         ({"spills": 3}, "3 spills"),
         ({"local_bytes": 8}, "8 local bytes"),
         ({"atomics": 1}, "1 atomics"),
+        ({"scratch_bytes": 128}, "128 scratch bytes"),
         ({"shared_bytes": 232449}, "232449 bytes of shared memory, above 232448"),
         ({"loads": {8: 80}}, "no 16-byte load; no load of 16 bytes any more"),
         ({"tensor_core": {}}, "no matrix instruction; matrix instructions went from {'wgmma': 4} to {}"),
@@ -196,14 +203,14 @@ def test_what_costs_no_occupancy_is_no_fault():
 
 
 def test_occupancy_counts_registers_warps_and_shared_memory():
-    from repo_ops.kernels.aot import _resident_programs
+    from repo_ops.kernels.binaries import resident_programs
 
-    assert _resident_programs("sm_90", 32, 0, 8) == 8  # 64 warps
-    assert _resident_programs("sm_90", 255, 0, 4) == 2  # 65536 registers / 256 / 128 threads
-    assert _resident_programs("sm_90", 64, 98304, 4) == 2  # 228 KiB / 97 KiB
-    assert _resident_programs("sm_120", 64, 98304, 4) == 1  # 100 KiB
-    assert _resident_programs("gfx942", 128, 32768, 4) == 2  # 64 KiB of LDS
-    assert _resident_programs("gfx942", 256, 0, 4) == 2  # 2 waves a SIMD
+    assert resident_programs("sm_90", 32, 0, 8) == 8  # 64 warps
+    assert resident_programs("sm_90", 255, 0, 4) == 2  # 65536 registers / 256 / 128 threads
+    assert resident_programs("sm_90", 64, 98304, 4) == 2  # 228 KiB / 97 KiB
+    assert resident_programs("sm_120", 64, 98304, 4) == 1  # 100 KiB
+    assert resident_programs("gfx942", 128, 32768, 4) == 2  # 64 KiB of LDS
+    assert resident_programs("gfx942", 256, 0, 4) == 2  # 2 waves a SIMD
 
 
 def test_a_table_of_another_triton_is_named_and_not_compared_with(tmp_path, capsys):
