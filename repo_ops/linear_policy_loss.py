@@ -235,7 +235,7 @@ def _check_accumulated(weight: Tensor, weight_grad: Tensor, dloss: Tensor) -> No
 def _sweep(call: Call, grads: Gradients) -> tuple[Tensor, RowStats]:
     """The loss and the statistics of live rows; gradients go to `grads`, in as few passes as the scope allows."""
     head, inputs, plan = call.head, call.inputs, call.plan
-    by_kernel = plan.backend == "triton"
+    by_kernel = plan.backend == "triton" and head.exact_dtype == torch.float32  # all that the kernel takes
     chunks = _chunks(call) if grads.wanted else None
     if chunks is None:
         stats = sweep.statistics(head, plan, wanted=call.wanted)

@@ -1,5 +1,8 @@
 """backend="triton" by the public functions: the same numbers as backend="torch", and as float64, to 1e-5."""
 
+import dataclasses
+import sys
+
 import pytest
 import torch
 from truth import leaf, make_case, relative_error
@@ -52,6 +55,33 @@ def test_per_token_temperature_with_rows_left_out():
     case = make_case(3, 4, 8, 127, lengths=[4, 0, 3], temperature=torch.linspace(0.5, 2, 12).reshape(3, 4))
     for a, b in zip(stats(case, TRITON), stats(case, TORCH)):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_a_temperature_and_a_bias_in_float64_around_a_head_in_float32():
+    case = make_case(2, 3, 16, 127, bias=True, temperature=torch.linspace(0.5, 2, 6).double().reshape(2, 3))
+    case = dataclasses.replace(case, bias=case.bias.double())
+    for a, b in zip(stats(case, TRITON), stats(case, TORCH)):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+# what a GPU's plan asks for: gradients of the inputs' dtype, whatever that of the logits
+@pytest.mark.parametrize(
+    ("dtype", "logits_dtype", "tolerance"), [(torch.float64, F32, 1e-5), (F32, BF16, 2e-2), (F32, F16, 3e-3)]
+)
+def test_logits_of_a_lower_precision_than_the_inputs(dtype, logits_dtype, tolerance, monkeypatch):
+    module = sys.modules["repo_ops.linear_stats"]
+    make_plan = module.make_plan
+    monkeypatch.setattr(
+        module, "make_plan", lambda *arguments: dataclasses.replace(make_plan(*arguments), gradient_dtype=dtype)
+    )
+    case = make_case(2, 3, 16, 301, dtype=dtype)
+    logps, entropy, grads = case.stats(torch.ones(2, 3), torch.full((2, 3), 0.5))
+    found = stats(case, Options(backend="triton", logits_dtype=logits_dtype))
+    torch.testing.assert_close(found[0].double(), logps, rtol=0, atol=5 * tolerance)
+    torch.testing.assert_close(found[1].double(), entropy, rtol=0, atol=5 * tolerance)
+    for grad, name in zip(found[2:], ("hidden", "weight")):
+        assert grad.dtype == dtype
+        assert relative_error(grad, grads[name]) <= tolerance, name
 
 
 @pytest.mark.parametrize(
@@ -175,7 +205,25 @@ def test_same_bits_on_every_run():
     assert all(torch.equal(a, b) for a, b in zip(stats(case, TRITON), stats(case, TRITON)))
 
 
-@pytest.mark.parametrize("head", [{}, {"temperature": 0.6, "softcap": 5.0, "logit_scale": 2.0}], ids=str)
+def test_objectives_over_float64_inputs_with_float32_logits():
+    case = make_case(2, 3, 16, 127, dtype=torch.float64)
+    losses = []
+    for backend in ("triton", "torch"):
+        options = Options(backend=backend, logits_dtype=F32)
+        hidden = leaf(case.hidden)
+        loss = linear_policy_loss(hidden, case.weight, case.targets, case.advantages, options=options).loss
+        losses.append((loss.detach(), *torch.autograd.grad(loss, hidden)))
+    for a, b in zip(*losses):
+        assert a.dtype == b.dtype == torch.float64
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+PER_TOKEN = {"temperature": torch.linspace(0.5, 2, 80).double().reshape(2, 40)}
+
+
+@pytest.mark.parametrize(
+    "head", [{}, {"temperature": 0.6, "softcap": 5.0, "logit_scale": 2.0}, PER_TOKEN], ids=["plain", "all", "per_token"]
+)
 def test_a_tight_budget_takes_the_forward_without_logits(head, monkeypatch):
     case = make_case(2, 40, 8, 5003, bias=True, lengths=[40, 33], **head)
     # about 50 rows of logits beside what is fixed

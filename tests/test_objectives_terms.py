@@ -1,5 +1,6 @@
 """The axes that objectives are made of, one by one, against numbers worked by hand and the golden intermediates."""
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -11,7 +12,7 @@ from golden_names import translate
 
 import repo_ops
 from repo_ops import kl
-from repo_ops.objectives import get_objective
+from repo_ops.objectives import get_objective, grpo
 from repo_ops.scope import widest
 from repo_ops.terms import across_ranks, bounds_search, divergence, ratio_level, trust_region
 from repo_ops.terms.bounded_exp import bounded_exp
@@ -319,6 +320,33 @@ def test_vespo_takes_the_sampler_weight_into_the_ratio_of_the_sequence():
     assert masked.tolist() == pytest.approx([1e-16 * math.exp(3)] * 2 + [1.0] * 2, rel=1e-6)
     with pytest.raises(ValueError, match="sampler_weight: expected token_truncate or token_mask"):
         get_objective("vespo", sampler_weight="sequence_mask")
+
+
+def test_trl_6808_a_subclass_with_its_own_loss_is_not_taken_for_its_parent():
+    # neither replaced by the kernel of the parent's loss, nor spared tokens that carry nothing in the parent's alone
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class WithDrift(grpo.Objective):
+        def __call__(self, tokens):
+            return super().__call__(tokens) + tokens.log_ratio.square()
+
+    class OtherRatio(grpo.Objective):
+        def log_ratio(self, tokens):
+            return 2 * super().log_ratio(tokens)
+
+    class Same(grpo.Objective):
+        def metrics(self, tokens):
+            return {}
+
+    assert WithDrift().kernel_terms is OtherRatio().kernel_terms is None
+    assert not WithDrift().skips_zero_advantage
+    assert Same().kernel_terms == grpo.Objective().kernel_terms is not None
+    assert Same().skips_zero_advantage
+    hidden, weight = torch.randn(2, 3, 4, requires_grad=True), torch.randn(7, 4)
+    targets, old = torch.randint(0, 7, (2, 3)), -torch.rand(2, 3)
+    arguments = {"objective": WithDrift(reduction="token-sum"), "old_logps": old}
+    found = repo_ops.linear_policy_loss(hidden, weight, targets, torch.zeros(2), **arguments).loss
+    drift = (repo_ops.linear_logps(hidden, weight, targets).logps - old).square().sum()
+    torch.testing.assert_close(found, drift)
 
 
 def test_only_losses_that_the_kernel_knows_have_kernel_terms():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,7 +41,7 @@ def stats_(tile: Tensor, targets: Tensor, scaling: Scaling, wanted: Wanted) -> R
     found = logit_rows.row_stats(
         tile,
         targets,
-        **scaling._asdict(),
+        **_arguments(scaling),
         with_entropy=wanted.entropy,
         with_sum_p2=wanted.sum_p2,
         with_argmax=wanted.is_argmax,
@@ -67,10 +68,7 @@ def tiled_stats(head: HeadInputs, wanted: Wanted) -> RowStats:
         head.weight,
         head.targets,
         rows=head.rows,
-        bias=head.bias,
-        inv_temperature=head.inv_temperature,
-        logit_scale=head.logit_scale,
-        softcap=head.softcap,
+        **_arguments(head.scaling(slice(None))),
         adapter=head.adapter,
         with_entropy=wanted.entropy,
         with_sum_p2=wanted.sum_p2,
@@ -98,6 +96,22 @@ def grads_(
 
     if owned is not None:
         targets = torch.where(owned, targets, -1)  # which no column matches
-    rows = logit_rows.RowStats(stats.logps, stats.row_max, stats.log_sum, stats.entropy, None)
-    scale = scaling._asdict()
-    return RowGrads(logit_rows.row_grads_(tile, targets, rows, dlogps, dentropy, **scale, out_dtype=out_dtype), None)
+    entropy, dentropy = (None if values is None else values.float() for values in (stats.entropy, dentropy))
+    rows = logit_rows.RowStats(stats.logps.float(), stats.row_max.float(), stats.log_sum.float(), entropy)
+    # only half of a float32 tile's memory may change its dtype; a tile of another one is copied
+    in_place = out_dtype if tile.dtype == torch.float32 and out_dtype.itemsize == 2 else tile.dtype
+    found = logit_rows.row_grads_(
+        tile, targets, rows, dlogps.float(), dentropy, **_arguments(scaling), out_dtype=in_place
+    )
+    return RowGrads(found.to(out_dtype), None)
+
+
+def _arguments(scaling: Scaling) -> dict[str, Any]:
+    """The scaling by the kernels' names, in no more than their float32."""
+    inv, bias = scaling.inv_temperature, scaling.bias
+    return {
+        "bias": bias.float() if bias is not None and bias.dtype == torch.float64 else bias,
+        "inv_temperature": inv.float() if isinstance(inv, Tensor) else inv,
+        "logit_scale": scaling.logit_scale,
+        "softcap": scaling.softcap,
+    }

@@ -50,7 +50,8 @@ class Objective:
     """Arguments that must be given: old_logps, ref_logps, sampler_logps, entropy, or the name of an entry of extras."""
 
     zero_at_zero_advantage: ClassVar[bool] = False
-    """Whether a token with advantage 0 has loss 0 and gradient 0 whatever else it holds; such tokens are skipped."""
+    """Whether a token with advantage 0 has loss 0 and gradient 0 whatever else it holds; such tokens are skipped. It
+    stands for the `__call__` of its own class: a subclass with another loss has to say it again."""
 
     one_loss_per_sequence: ClassVar[bool] = False
     """Whether a sequence's loss is one number that cannot be weighted token by token."""
@@ -156,7 +157,9 @@ class Objective:
     @property
     def skips_zero_advantage(self) -> bool:
         """Whether tokens with advantage 0 carry nothing under these settings."""
-        return self.zero_at_zero_advantage and not self.beta and not self.entropy_coef
+        says = next(cls for cls in type(self).__mro__ if "zero_at_zero_advantage" in vars(cls))
+        of_this_loss = says.__call__ is type(self).__call__
+        return self.zero_at_zero_advantage and of_this_loss and not self.beta and not self.entropy_coef
 
     @property
     def kernel_terms(self) -> KernelTerms | None:
