@@ -70,6 +70,7 @@ class _Settings:
     vespo_lambda_pos: float
     vespo_k_neg: float
     vespo_lambda_neg: float
+    temperature: float
 
     def __post_init__(self) -> None:
         loss, level = self.loss_type, self.importance_sampling_level
@@ -171,27 +172,22 @@ class LigerFusedLinearGRPOFunction:
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """(loss, metrics) as `LigerFusedLinearGRPOLoss` returns them; arguments as there."""
         settings = _Settings(
-            float(beta), epsilon_low, epsilon_high, loss_type, max_completion_length, importance_sampling_level,
-            sapo_temperature_pos, sapo_temperature_neg, delta, bool(use_bias_correction_kl),
-            vespo_k_pos, vespo_lambda_pos, vespo_k_neg, vespo_lambda_neg,
+            beta, epsilon_low, epsilon_high, loss_type, max_completion_length, importance_sampling_level,
+            sapo_temperature_pos, sapo_temperature_neg, delta, use_bias_correction_kl, vespo_k_pos, vespo_lambda_pos,
+            vespo_k_neg, vespo_lambda_neg, temperature,
         )  # fmt: skip
         mask = _mask(attention_mask, selected_token_ids)
         check_shape("advantages", advantages, (len(mask),), "the sequences")
-        head = {"bias": bias, "temperature": float(temperature)}
-        ref_logps = None
-        if use_ref_model:
-            head_of_ref = (ref_input, ref_weight, ref_bias)
-            ref_logps = _ref_logps(
-                settings, ref_per_token_logps, head_of_ref, selected_token_ids, mask, float(temperature)
-            )
+        ref_head = (ref_input, ref_weight, ref_bias)
         step = _Step(
             mask,
             advantages,
-            ref_logps,
+            _ref_logps(settings, ref_per_token_logps, ref_head, selected_token_ids, mask) if use_ref_model else None,
             old_per_token_logps,
             None if vllm_is_ratio is None else _sampler_ratio(vllm_is_ratio, mask),
             _num_items(settings, mask, num_items_in_batch),
         )
+        head = {"bias": bias, "temperature": float(temperature)}
         loss, logps = _loss(settings, step, _input, weight, selected_token_ids, head)
         return loss, _metrics(settings, step, logps)
 
@@ -235,29 +231,13 @@ class LigerFusedLinearGRPOLoss(torch.nn.Module):
         vespo_k_neg: float = 3.0,
         vespo_lambda_neg: float = 2.0,
     ) -> None:
+        given = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         super().__init__()
-        named = {"sapo_temperature_pos": sapo_temperature_pos, "sapo_temperature_neg": sapo_temperature_neg}
-        for name, value in {**named, "delta": delta}.items():
-            if value is not None and value <= 0:
-                raise ValueError(f"{name} must be positive, got {value}")
-        self.beta = beta
-        self.compiled = compiled
-        self.use_ref_model = use_ref_model
-        self.chunk_size = chunk_size
-        self.epsilon_low = epsilon_low
-        self.epsilon_high = epsilon_high
-        self.loss_type = loss_type
-        self.max_completion_length = max_completion_length
-        self.importance_sampling_level = importance_sampling_level
-        self.sapo_temperature_pos = sapo_temperature_pos
-        self.sapo_temperature_neg = sapo_temperature_neg
-        self.temperature = temperature
-        self.delta = delta
-        self.use_bias_correction_kl = use_bias_correction_kl
-        self.vespo_k_pos = vespo_k_pos
-        self.vespo_lambda_pos = vespo_lambda_pos
-        self.vespo_k_neg = vespo_k_neg
-        self.vespo_lambda_neg = vespo_lambda_neg
+        for name in ("sapo_temperature_pos", "sapo_temperature_neg", "delta"):
+            if given[name] is not None and given[name] <= 0:
+                raise ValueError(f"{name} must be positive, got {given[name]}")
+        vars(self).update(given)  # one attribute a setting, named and changeable as Liger's
+        self._settings = tuple(given)
 
     def forward(
         self,
@@ -292,11 +272,8 @@ class LigerFusedLinearGRPOLoss(torch.nn.Module):
         """
         return LigerFusedLinearGRPOFunction.apply(
             _input, lin_weight, selected_token_ids, attention_mask, advantages, bias, ref_per_token_logps,
-            old_per_token_logps, ref_input, ref_weight, ref_bias, self.beta, self.epsilon_low, self.epsilon_high,
-            self.loss_type, self.max_completion_length, self.importance_sampling_level, self.sapo_temperature_pos,
-            self.sapo_temperature_neg, self.temperature, self.compiled, self.use_ref_model, self.chunk_size,
-            vllm_is_ratio, self.delta, self.use_bias_correction_kl, self.vespo_k_pos, self.vespo_lambda_pos,
-            self.vespo_k_neg, self.vespo_lambda_neg, num_items_in_batch,
+            old_per_token_logps, ref_input, ref_weight, ref_bias, vllm_is_ratio=vllm_is_ratio,
+            num_items_in_batch=num_items_in_batch, **{name: getattr(self, name) for name in self._settings},
         )  # fmt: skip
 
 
@@ -329,7 +306,6 @@ def _ref_logps(
     head: tuple[Tensor | None, Tensor | None, Tensor | None],
     ids: Tensor,
     mask: Tensor,
-    temperature: float,
 ) -> Tensor | None:
     """[B, T] log-probabilities of the reference, from `given` or from its head; None where nothing reads them."""
     hidden, weight, bias = head
@@ -344,10 +320,11 @@ def _ref_logps(
         return given if settings.beta else None
     if hidden is None or weight is None:
         raise ValueError("ref_weight: expected the head [V, H] of the reference beside ref_input, got None")
-    everywhere = settings.loss_type == "luspo"
+    mask_given = None if settings.loss_type == "luspo" else mask
     with torch.no_grad():
-        found = linear_logps(hidden, weight, ids, bias=bias, temperature=temperature, mask=None if everywhere else mask)
-    return found.logps
+        return linear_logps(
+            hidden, weight, ids, bias=bias, temperature=float(settings.temperature), mask=mask_given
+        ).logps
 
 
 def _sampler_ratio(ratio: Tensor, mask: Tensor) -> Tensor:
