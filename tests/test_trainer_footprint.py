@@ -183,6 +183,7 @@ def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path: Path, capsys, monk
         "keys and values",
         "FLOP a step (generation ",
         "  steps: 50",
+        "  reward: null",
     ):
         assert words_of_plan in out
     main(["train", "--model", "tiny", "--task", "reverse", "--lora_rank", "2", "--dry_run"])
@@ -193,7 +194,7 @@ def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path: Path, capsys, monk
 def test_settings_of_a_replay_that_is_switched_off_are_named(tmp_path: Path, capsys) -> None:
     words = ["--model", "tiny", "--task", "reverse", "--replay_num", "4", "--off_policy_coef", "0.5"]
     main(["train", *words, "--dry-run"])
-    assert "not used    replay_num, off_policy_coef: nothing is replayed" in capsys.readouterr().out
+    assert "not used     replay_num, off_policy_coef: nothing is replayed" in capsys.readouterr().out
     config = parse_config([*words, "--output_dir", str(tmp_path), "--device", "cpu"])
     assert "nothing is replayed: replay_num, off_policy_coef play no part" in prepare(config).notes
     assert replace(config, replay="random").idle == []
@@ -204,7 +205,7 @@ def test_settings_of_a_replay_that_is_switched_off_are_named(tmp_path: Path, cap
     [
         ({"replicas": "2"}, ["gathered layers, embeddings and head", "gathered model", "keys and values"]),
         ({"engine": "vllm_server"}, ["while generating nothing: the server has its own"]),
-        ({"engine": "hf", "cpu_offload": "true"}, ["at rest 0: weights 0"]),  # on a CPU it is the same memory
+        ({"engine": "hf", "cpu_offload": "true"}, ["at rest 0.3: weights 0.1"]),  # on a CPU it is the same memory
     ],
 )
 def test_a_dry_run_of_several_ranks(capsys, monkeypatch, settings, expected) -> None:
@@ -226,7 +227,7 @@ def test_offloaded_state_is_on_the_cpu_and_not_in_the_peak() -> None:
     gpu = torch.device("cuda")
     lines = [dict_row for _, dict_row in _memory(replace(CONFIG, cpu_offload=True), gpu, work, rest, peak)]
     assert lines[0] == "at rest on the CPU 600: weights 300, gradients 300"
-    assert lines[-1] == "~7 at the peak on cuda, without the runtime itself"
+    assert lines[-1] == "~7.0 at the peak on cuda, without the runtime itself"
     assert _memory(CONFIG, gpu, work, rest, peak)[-1][1] == "~607 at the peak, without the runtime itself"
     vllm = replace(CONFIG, engine="vllm", engine_args={"gpu_memory_utilization": 0.5})
     said = _memory(vllm, gpu, work, rest, Peak(peak.learning, {}))[2][1]

@@ -86,8 +86,8 @@ def test_summary_by_hand(tmp_path: Path) -> None:
 
 
 def test_a_run_without_evaluation_or_replay_has_a_table_too() -> None:
-    found = summarize_run([{"step": 1, **line(1, 0.5)}])
-    assert not any("eval" in name or "ess" in name for name in found)
+    found = summarize_run([{"step": 1, **line(1, 0.5), "groups/effective_off": 0.0}])
+    assert not any("eval" in name or "ess" in name or "effective_" in name for name in found)
 
 
 def test_a_run_without_replay_or_evaluation_has_a_picture_too(tmp_path: Path) -> None:

@@ -355,7 +355,10 @@ def parse_config(arguments: Sequence[str] = (), *, prog: str = "repo-ops train")
 
     Later ones win. A mistake prints one sentence and exits with status 2.
     """
-    description = "Train a language model with a policy-gradient objective; --dry-run prints the plan and stops there."
+    description = (
+        "Train a language model with a policy-gradient objective; --dry-run prints the plan and stops there. Where a "
+        "setting may be none, write null."
+    )
     return parse_settings(TrainConfig, arguments, prog=prog, description=description)
 
 

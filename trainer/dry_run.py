@@ -41,6 +41,8 @@ def plan_of_run(config: TrainConfig) -> str:
     Raises:
         ValueError, ImportError: what `repo_ops.trainer.run.prepare` would raise for the objective, task or model.
     """
+    import yaml
+
     check_settings(config)
     ranks = as_started(config.device)
     check_ranks(config, ranks)
@@ -70,7 +72,7 @@ def plan_of_run(config: TrainConfig) -> str:
         *([("not used", f"{', '.join(config.idle)}: nothing is replayed")] if config.idle else []),
     ]
     width = max(len(label) for label, _ in rows)
-    settings = [f"  {name}: {value}" for name, value in settings_as_json(config).items()]
+    settings = [f"  {line}" for line in yaml.safe_dump(settings_as_json(config), sort_keys=False).splitlines()]
     head = "dry run: nothing was loaded, trained or written; ~ marks estimates, for completions of full length"
     return "\n".join([head, "", *(f"{label:<{width}}  {text}" for label, text in rows), "", "settings", *settings])
 
@@ -106,8 +108,7 @@ def _memory(
     config: TrainConfig, device: torch.device, work: Workload, rest: dict[str, int], peak: Peak
 ) -> Sequence[tuple[str, str]]:
     def listed(parts: dict[str, int]) -> str:
-        found = ", ".join(f"{name} {number / MIB:,.0f}" for name, number in parts.items())
-        return f"{sum(parts.values()) / MIB:,.0f}: {found}"
+        return f"{_mib(sum(parts.values()))}: " + ", ".join(f"{name} {_mib(number)}" for name, number in parts.items())
 
     offloaded = config.cpu_offload and device.type != "cpu"
     here = peak.largest + (0 if offloaded else sum(rest.values()))
@@ -119,8 +120,12 @@ def _memory(
         ),
         ("", f"while learning ~{listed(peak.learning)}"),
         ("", generating),
-        ("", f"~{here / MIB:,.0f} at the peak{f' on {device.type}' if offloaded else ''}, without the runtime itself"),
+        ("", f"~{_mib(here)} at the peak{f' on {device.type}' if offloaded else ''}, without the runtime itself"),
     ]
+
+
+def _mib(number: int) -> str:
+    return f"{number / MIB:,.{0 if number >= 10 * MIB else 1}f}"
 
 
 def _engine_of_its_own(config: TrainConfig) -> str:

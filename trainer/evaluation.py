@@ -106,7 +106,7 @@ class Evaluation:
 
 def parse_evaluation(arguments: Sequence[str]) -> Evaluation:
     """The Evaluation that command line arguments describe."""
-    description = "Evaluate a language model, greedily and by sampling."
+    description = "Evaluate a language model, greedily and by sampling. Where a setting may be none, write null."
     return parse_settings(Evaluation, arguments, prog="repo-ops evaluate", description=description)
 
 

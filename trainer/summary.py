@@ -21,7 +21,8 @@ def summarize_run(lines: Sequence[Mapping[str, Any]], *, window: int = 5) -> dic
         rewards = [line["reward/mean"] for line in steps]
         found["reward, first steps"] = _mean(rewards[:window])
         found["reward, last steps"] = _mean(rewards[-window:])
-        for name in ("groups/effective_on", "groups/effective_off", "groups/effective"):
+        replays = any(line["groups/effective_off"] for line in steps)  # else all effective groups are fresh
+        for name in ("groups/effective", *(("groups/effective_on", "groups/effective_off") if replays else ())):
             found[name] = _mean([line[name] for line in steps])
         for name in ("time/generate", "time/learner", "time/rest"):
             found[name] = sum(line[name] for line in steps)
@@ -84,4 +85,5 @@ def show_run(found: Mapping[str, float], *, folder: Path, console: Console | Non
     if found.get("groups/effective") == 0:
         why = "nothing was learned: no step had a prompt whose completions got different rewards (see report.html)"
         console.print(why, highlight=False, soft_wrap=True)
-    console.print(f"metrics, report.html and model: {folder}", highlight=False, soft_wrap=True)
+    model = " and model" if (folder / "model").exists() else ""
+    console.print(f"metrics, report.html{model}: {folder}", highlight=False, soft_wrap=True)
