@@ -135,8 +135,10 @@ class Gradients:
                 gradients.add(rows, hidden if live is None else hidden[live], grads, self.head.tp_group, only=only)
         if self.bias is not None and len(grads.tile):
             dlogits, scale = grads
-            ones = torch.ones_like(dlogits[:, 0]) if scale is None else scale.to(dlogits.dtype)
-            self.bias += torch.mv(dlogits.t(), ones)
+            if scale is None:
+                self.bias += dlogits.sum(0, dtype=self.bias.dtype)
+            else:
+                self.bias += torch.mv(dlogits.t(), scale.to(dlogits.dtype))
 
     def finish(self) -> list[Tensor | None]:
         """Gradients in the order of `HeadInputs.tensors`, in the dtypes of their tensors but for late rounding."""
