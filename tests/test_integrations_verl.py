@@ -67,7 +67,9 @@ def host(request, monkeypatch):
     from verl.trainer.ppo import core_algos
     from verl.utils.kernel import linear_cross_entropy
 
-    monkeypatch.setattr(core_algos, "POLICY_LOSS_REGISTRY", dict(core_algos.POLICY_LOSS_REGISTRY))
+    # where repo-ops is installed beside verl, importing verl has run the plugin already
+    own = {name: loss for name, loss in core_algos.POLICY_LOSS_REGISTRY.items() if not name.startswith("repo_ops/")}
+    monkeypatch.setattr(core_algos, "POLICY_LOSS_REGISTRY", own)
     monkeypatch.setattr(linear_cross_entropy, "linear_cross_entropy", linear_cross_entropy.linear_cross_entropy)
     return SimpleNamespace(core=core_algos, kernel=linear_cross_entropy)
 
