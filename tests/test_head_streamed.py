@@ -4,7 +4,7 @@ import pytest
 import torch
 from truth import relative_error, token_stats
 
-from repo_ops import linear_logps, linear_policy_loss
+from repo_ops import Options, linear_logps, linear_policy_loss
 from repo_ops.arguments import layout
 from repo_ops.head import pages, plan, streamed
 from repo_ops.head.inputs import Wanted
@@ -195,3 +195,14 @@ def test_large_pages_are_advised_within_the_tensor(monkeypatch):
 def test_advice_that_is_refused_changes_nothing():
     tensor = pages.on_large_pages(torch.empty(pages.OWN_MAPPING // 4))  # whatever this machine answers
     assert tensor.fill_(2.0).sum(dtype=torch.float64) == 2.0 * len(tensor)
+
+
+def test_kernels_that_were_asked_for_are_not_replaced(monkeypatch):
+    hidden, weight, targets = head()
+    settings = HeadSettings(None, 1.0, None, 1.0, None, None)
+    checked = head_inputs(hidden, weight, targets, layout(targets, None, None), settings)
+    assert plan.make_plan(checked, Options(), Wanted()).streams
+    assert not plan.make_plan(checked, Options(logits_dtype=BF16), Wanted()).streams
+    monkeypatch.setattr(plan, "choose_backend", lambda *arguments: "triton")
+    monkeypatch.setattr(plan.triton_rows, "why_not_tiled", lambda head: "not here")
+    assert not plan.make_plan(checked, Options(backend="triton"), Wanted()).streams

@@ -71,13 +71,16 @@ def make_plan(head: HeadInputs, options: Options, wanted: Wanted) -> Plan:
         ValueError: the budget does not hold a single row, or the backend cannot run on these tensors.
     """
     hidden, weight = head.hidden, head.weight
-    streams = options.logits_dtype is None and streamed.suits(head, wanted)
-    tile_dtype = torch.bfloat16 if streams else options.logits_dtype or head.exact_dtype
+    tile_dtype = options.logits_dtype or head.exact_dtype
+    backend = choose_backend(hidden, options, tile_dtype)
+    streams = backend == "torch" and options.logits_dtype is None and streamed.suits(head, wanted)
+    tile_dtype = torch.bfloat16 if streams else tile_dtype
+    gradient_dtype = torch.promote_types(hidden.dtype, weight.dtype)
     vocab_size = head.largest_shard or len(weight)
     row_bytes = vocab_size * tile_dtype.itemsize
     # beside its logits a row holds its gathered hidden state, a scaled copy of it and its gradient
     row_bytes += 3 * weight.shape[1] * head.exact_dtype.itemsize
-    budget, fixed, backend = options.memory_budget, 0, choose_backend(hidden, options, tile_dtype)
+    budget, fixed = options.memory_budget, 0
     if hidden.device.type == "cpu":
         budget = CPU_BUDGET if budget is None else budget
         # temporaries of the row arithmetic, a block of rows each: logarithms, and a softcap's slope in three steps
@@ -88,13 +91,14 @@ def make_plan(head: HeadInputs, options: Options, wanted: Wanted) -> Plan:
             fixed = 2 * streamed.SLICE_BYTES
     elif backend == "torch":  # whose blocks of rows are whole tiles there
         row_bytes += (3 if head.softcap is None else 5) * vocab_size * tile_dtype.itemsize
+    elif tile_dtype.itemsize < gradient_dtype.itemsize:  # dlogits that the gradient GEMMs read are a copy of the tile
+        row_bytes += vocab_size * gradient_dtype.itemsize
     rows = GPU_ROWS if budget is None else (budget - fixed) // row_bytes
     if rows < 1:
         raise ValueError(
             f"options.memory_budget: expected at least {fixed + row_bytes} bytes, which one row of logits over "
             f"{vocab_size} entries needs, got {budget}"
         )
-    gradient_dtype = torch.promote_types(hidden.dtype, weight.dtype)
     if hidden.device.type == "cpu" and not (gradient_dtype == torch.bfloat16 and tile_dtype == torch.float32):
         gradient_dtype = tile_dtype
     tiles = backend == "triton" and rows < min(TILED_BELOW, head.num_rows) and not triton_rows.why_not_tiled(head)
