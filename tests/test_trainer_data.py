@@ -96,8 +96,8 @@ def test_a_run_repeats_and_reads_only_what_it_needs(tmp_path: Path, monkeypatch)
     data = write(tmp_path / "train.jsonl", rows())
     losses, order = [], []
     for name in ("a", "b"):
-        read.clear()
         run = prepare(TrainConfig(data=data, reward="prefix_match", output_dir=str(tmp_path / name), **RUN))
+        read.clear()  # what the engine was asked about: whether the first prompts have room
         assert run.task.train.rows.cache_files  # a file that is mapped, no objects
         train(run)
         assert len(set(read)) == 8  # of 24: two steps of four, and no evaluation
