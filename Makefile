@@ -131,6 +131,9 @@ bench: $(DEV_STAMP)
 	$(BIN)/pytest benchmarks $(ARGS)
 	$(BIN)/python benchmarks/bench_linear_policy_loss.py --shapes SmolLM2-135M Qwen3-0.6B --dead 0 70 \
 	  --dead-kind zero_advantage --json $(RESULTS)/linear_policy_loss-cpu.json
-	$(BIN)/python benchmarks/bench_linear_policy_loss.py --dtype bfloat16 --json $(RESULTS)/linear_policy_loss-cpu-bfloat16.json
+	$(BIN)/python benchmarks/bench_linear_policy_loss.py --dtype bfloat16 --dead 0 70 \
+	  --dead-kind zero_advantage --json $(RESULTS)/linear_policy_loss-cpu-bfloat16.json
 	$(BIN)/python benchmarks/learner_step.py --json $(RESULTS)/learner_step-cpu.json
+	$(BIN)/python benchmarks/learner_step.py --dtype bfloat16 --settings short --json $(RESULTS)/learner_step-cpu-bfloat16.json
+	$(BIN)/python benchmarks/trl_trainers.py --json $(RESULTS)/trl_trainers-cpu.json
 	$(BIN)/python benchmarks/report.py $(RESULTS)/*-cpu*.json

@@ -144,6 +144,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("results", nargs="+", type=Path, help="json files of the benchmarks")
     for path in parser.parse_args(arguments).results:
         report = json.loads(path.read_text())
+        if "cases" not in report:
+            print(f"{path}: a table, without a picture")
+            continue
         if not report["cases"]:
             parser.error(f"{path}: expected at least one case, got none; the run was cut short")
         draw(report, path.with_suffix(".png"))
