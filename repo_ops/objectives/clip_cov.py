@@ -24,6 +24,7 @@ from repo_ops.tokens import Tokens
 @dataclass(frozen=True, kw_only=True)
 class Objective(grpo.Objective):
     scope: ClassVar[base.Scope] = "batch"
+    zero_at_zero_advantage: ClassVar[bool] = True
 
     reduction: str = "token-mean"
     """Every token weighs the same."""
