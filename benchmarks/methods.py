@@ -9,6 +9,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
@@ -171,11 +172,9 @@ def _placed(values: Tensor, mask: Tensor, compact: bool) -> Tensor:
     return values.view(mask.shape).masked_fill(~mask, 0)
 
 
-def liger(inputs: Inputs, *, one_chunk: bool = False) -> Forward:
+def liger(inputs: Inputs, *, one_chunk: bool = False, of: str = "liger_kernel.chunked_loss") -> Forward:
     """Liger's LigerFusedLinearGRPOLoss(compiled=False), a sequence at a time as is its default."""
-    from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
-
-    module = LigerFusedLinearGRPOLoss(
+    module = import_module(of).LigerFusedLinearGRPOLoss(
         beta=0.0,
         compiled=False,
         use_ref_model=False,
@@ -202,6 +201,11 @@ def liger(inputs: Inputs, *, one_chunk: bool = False) -> Forward:
 def liger_one_chunk(inputs: Inputs) -> Forward:
     """The same with all sequences in one chunk, which spares it an added-up [V, D] buffer per sequence."""
     return liger(inputs, one_chunk=True)
+
+
+def ours_as_liger(inputs: Inputs) -> Forward:
+    """Ours behind Liger's class: the import is all that changes."""
+    return liger(inputs, of="repo_ops.integrations.liger")
 
 
 def cce(inputs: Inputs) -> Forward:
@@ -246,6 +250,7 @@ METHODS = {
     "ours": Method("ours: linear_policy_loss", ours),
     "ours_16_bit_logits": Method("ours, bf16 logits (opt-in)", ours_16_bit_logits, only_dtype="bfloat16"),
     "ours_logps": Method("ours: linear_logps + policy_loss", ours_logps),
+    "ours_as_liger": Method("ours, by Liger's class", ours_as_liger, entropy=False),
     "naive": Method("full logits", naive),
     "trl": Method("TRL ChunkedLogProbFunction", trl, package="trl"),
     "liger": Method("Liger FusedLinearGRPO", liger, package="liger-kernel", entropy=False),
