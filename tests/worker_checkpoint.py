@@ -28,6 +28,7 @@ def stop(folder: Path) -> None:
     settings = {"steps": 6, "eval_steps": 4, "reward": f"{folder / 'reward.py'}:reward"}
     run = prepared(folder / "whole", **settings)
     train(run)
+    dist.barrier()  # the first rank writes the metrics, and both read them here
     expected = outcome(run)
     draw, version = Sampler.draw, []
 
@@ -47,6 +48,7 @@ def stop(folder: Path) -> None:
     resumed = prepared(folder / "cut", **settings, resume="auto")
     print(f"rank{RANK} resumed at {resumed.resumed_at}", flush=True)
     train(resumed)
+    dist.barrier()
     found = differences(outcome(resumed), expected)
     print(f"rank{RANK} {'equal' if not found else found[:3]}", flush=True)
     state = whole_state(resumed.model)
