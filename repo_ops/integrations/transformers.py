@@ -42,7 +42,7 @@ def patch_causal_lm(model: Any) -> Callable[[], None]:
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     if not issubclass(kind := type(base), nn.Module):
-        raise TypeError(f"model: expected a causal language model of transformers, got {kind.__name__}")
+        raise TypeError(f"model: expected a causal language model of transformers, got {kind.__name__}; load it first")
     if _PATCH in base.__dict__:
         raise RuntimeError("model: its forward is patched already; call the function that the first patch returned")
     find_head(base)
