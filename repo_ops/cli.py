@@ -115,7 +115,7 @@ def bench(arguments: Sequence[str]) -> None:
 
 def report(arguments: Sequence[str]) -> None:
     """Make report.html of a run again, or of several runs side by side."""
-    from repo_ops.trainer.report_page import main
+    from repo_ops.trainer.report import main
 
     main(arguments)
 

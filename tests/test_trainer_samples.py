@@ -12,8 +12,7 @@ from repo_ops.replay import Sample
 from repo_ops.trainer.groups import Group
 from repo_ops.trainer.learner import ScoredSequence
 from repo_ops.trainer.log import RunLog, read_metrics
-from repo_ops.trainer.report import draw_report
-from repo_ops.trainer.report_page import main, write_page
+from repo_ops.trainer.report import draw_report, main, write_page
 from repo_ops.trainer.rollout import Completion
 from repo_ops.trainer.samples import SampleRow, read_samples, rows_of_step, sample_table, spread, write_samples
 from repo_ops.trainer.tasks import Example
@@ -139,7 +138,7 @@ def test_page_needs_nothing_from_outside_and_escapes_what_a_model_writes(tmp_pat
     text = page.read_text(encoding="utf-8")
     for tag in ("<script", "<b>", "<i>", "<u>", "<img src", "<run>"):
         assert tag not in text
-    assert text.count("&lt;script&gt;alert(1)&lt;/script&gt; &amp; &quot;quotes&quot; &lt;/pre&gt;") == 2
+    assert text.count("&lt;script&gt;alert(1)&lt;/script&gt; &amp; &#34;quotes&#34; &lt;/pre&gt;") == 2
     assert text.count("src=") == text.count('src="data:image/png;base64,') + 2  # the two in the escaped completion
     assert "href=" not in text
     assert "url(" not in text

@@ -72,8 +72,7 @@ def run_demo(demo: Demo, console: Console | None = None) -> dict[str, dict[str, 
     from rich.console import Console
 
     from repo_ops.trainer.loop import train
-    from repo_ops.trainer.report import draw_report
-    from repo_ops.trainer.report_page import write_page
+    from repo_ops.trainer.report import draw_report, write_page
     from repo_ops.trainer.run import prepare
     from repo_ops.trainer.summary import summary_table
 

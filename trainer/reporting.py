@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING
 from repo_ops.trainer.log import RunLog
 from repo_ops.trainer.out_of_memory import explained
 from repo_ops.trainer.profile import profiled
-from repo_ops.trainer.report import draw_report
-from repo_ops.trainer.report_page import write_page
+from repo_ops.trainer.report import draw_report, write_page
 from repo_ops.trainer.run_record import end_record, start_record
 from repo_ops.trainer.trackers import Opening, open_trackers, tracker_names
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from rich.cells import cell_len
 from rich.measure import Measurement
@@ -22,6 +22,7 @@ __all__ = ["SampleRow", "read_samples", "rows_of_step", "sample_table", "spread"
 
 SAMPLES_FILE = "samples.jsonl"
 COMPLETIONS_FOLDER = "completions"
+T = TypeVar("T")
 
 SampleRow = dict[str, Any]
 """What `rows_of_step` puts into it."""
@@ -67,9 +68,13 @@ def spread(rows: Sequence[SampleRow], count: int) -> list[SampleRow]:
     parts = [sorted(part, key=lambda row: row["reward"]) for part in parts if part]
     chosen = []
     for index, part in enumerate(parts):
-        share = min(len(part), count // len(parts) + (index < count % len(parts)))
-        chosen += [part[i * (len(part) - 1) // max(1, share - 1)] for i in range(share)]
+        chosen += evenly(part, min(len(part), count // len(parts) + (index < count % len(parts))))
     return chosen
+
+
+def evenly(items: Sequence[T], count: int) -> list[T]:
+    """`count` of the items: the first, the last and some between; more often than once where there are fewer."""
+    return [items[i * (len(items) - 1) // max(1, count - 1)] for i in range(count if items else 0)]
 
 
 def sample_table(rows: Sequence[SampleRow], *, title: str) -> Table:
