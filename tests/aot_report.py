@@ -6,13 +6,17 @@ test_kernels_aot.py runs it in a process of its own, since its own process inter
 import dataclasses
 import json
 import os
+import re
 
 import torch
+import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import make_backend
+from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
 from repo_ops.kernels import aot
+from repo_ops.kernels.aot_cases import cases
+from repo_ops.kernels.binaries import TARGETS, specialization
 from repo_ops.kernels.clipped_ratio import ratio_launch
 from repo_ops.kernels.group_advantages import advantages_launch
 from repo_ops.kernels.logit_rows import RowStats, grads_launch, row_stats, stats_launch
@@ -83,6 +87,14 @@ def keys():
     return found
 
 
+def scalar_comparisons():
+    """Kinds of comparison between two scalars of the plain statistics kernel: "oge" is >=, "ogt" >."""
+    launch = next(case.launch for case in cases("sm_90") if case.name == "row_stats float32 aligned")
+    source = ASTSource(launch.kernel, *specialization(launch))
+    ttir = str(triton.compile(source, target=TARGETS["sm_90"], options=launch.options).asm["ttir"])
+    return re.findall(r"arith\.cmpf (\w+), %\w+, %\w+ : f32", ttir)
+
+
 def refusal():
     """The error of a CPU tensor in a process that compiles its kernels."""
     try:
@@ -103,6 +115,7 @@ if __name__ == "__main__":
         "disassembled": dataclasses.asdict(disassembled[0]),
         "faults": aot.faults(rows, aot.read_kept(aot.KEPT)),
         "keys": keys(),
+        "scalar_comparisons": scalar_comparisons(),
         "refusal": refusal(),
     }
     print(json.dumps(report))

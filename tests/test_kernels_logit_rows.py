@@ -264,6 +264,18 @@ def test_argmax_of_likely_and_of_tied_targets(device, dtype):
     assert torch.equal(found.is_argmax.cpu(), expected)
 
 
+@pytest.mark.parametrize("temperature", [0.6, 0.7, 1.3])
+def test_the_likeliest_token_keeps_its_digits_at_any_temperature(device, temperature):
+    # its logit times 1 / temperature is not exact, and must meet itself as it was rounded
+    tile = torch.randn(256, 700)
+    top = tile.argmax(1)
+    tile[torch.arange(256), top] = temperature * (20 + torch.rand(256))
+    exact = (tile.double() * (1 / temperature)).log_softmax(1).gather(1, top[:, None])[:, 0]
+    found = row_stats(tile.to(device), top.to(device), with_argmax=True, inv_temperature=1 / temperature)
+    assert found.is_argmax.all()
+    torch.testing.assert_close(found.logps.cpu().double(), exact, rtol=1e-4, atol=0)
+
+
 def test_gradient_without_entropy(device):
     tile, targets, dlogps = torch.randn(3, 5003), torch.tensor([1, 2, 3]), torch.randn(3)
     _, dtile = reference(tile, targets, dlogps, torch.zeros(3))

@@ -153,8 +153,9 @@ def row_stats_kernel(
     raw_target = tl.load(row_start + target, mask=known, other=float("nan"))
     z_target = finish_logits(raw_target, bias, target, known, logit_scale, softcap, inv_t)
     below = tl.where(known, z_target - peak, float("nan"))
-    # The scalar path may round once less than the block path (fused multiply-add), so the difference can be +1 ulp
-    below = tl.where(below > 0, 0.0, below)
+    # On a GPU the difference is one fused multiply-add of the raw logit, half an ulp off 0 for a target at the peak,
+    # where a comparison is exact. The NaN of (-inf) - (-inf) stays.
+    below = tl.where((z_target >= peak) & (below == below), 0.0, below)
 
     tl.store(logps + row, below - log_total)
     tl.store(row_max + row, peak)
