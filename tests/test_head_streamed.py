@@ -152,8 +152,9 @@ def test_rows_without_gradient_are_left_out_of_the_tile():
 def test_several_tiles_equal_one(monkeypatch):
     hidden, weight, targets = head()
     found = []
-    for budget in (plan.CPU_BUDGET, 2 * streamed.SLICE_BYTES + 5 * (2 * V + 12 * D)):  # five rows a tile
-        monkeypatch.setattr(plan, "CPU_BUDGET", budget)
+    for rows in (plan.CPU_ROWS, 5):
+        monkeypatch.setattr(plan, "CPU_BUDGET", 0)
+        monkeypatch.setattr(plan, "CPU_ROWS", rows)
         own = [tensor.clone().requires_grad_() for tensor in (hidden, weight)]
         out = linear_policy_loss(*own, targets, torch.ones(N), cu_seqlens=torch.arange(N + 1))
         out.loss.backward()

@@ -72,6 +72,11 @@ def test_default_budget():
     assert extra_bytes(1024, 8, 49152, None, options=Options()) <= 128 * MIB
 
 
+def test_default_budget_holds_256_tokens_of_a_large_vocabulary():
+    # 256 rows of 1 MiB, and what a row of 262144 needs at least four of
+    assert 250 * MIB <= extra_bytes(512, 8, 262144, None, options=Options()) <= (256 + 2 * 4 + 1) * MIB
+
+
 @pytest.mark.parametrize(("budget", "N"), [(128 * MIB, 700), (1024 * MIB, 5600)])
 def test_larger_budgets(budget, N):
     # N * V * 4 bytes is a little over the budget, so that it binds; forward only, which takes the same tile

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch._subclasses import FakeTensorMode
 
-from repo_ops.head.plan import CPU_BUDGET, GPU_ROWS
+from repo_ops.head.plan import CPU_BUDGET, CPU_ROWS, GPU_ROWS
 from repo_ops.trainer.config import TrainConfig
 from repo_ops.trainer.distributed import decoder_layers
 from repo_ops.trainer.lora import add_lora
@@ -296,11 +296,12 @@ def _saved_bytes(config: TrainConfig, shape: PretrainedConfig, device: torch.dev
 def head_bytes(shape: PretrainedConfig, device: torch.device, dtype: torch.dtype, work: Workload) -> int:
     """Bytes that the fused head holds beyond hidden states and gradients: its tile; for 16-bit weights float32 sums.
 
-    A tile holds all completion tokens of the micro-batch, unless they are more than the budget (on a GPU: GPU_ROWS).
+    A tile holds all completion tokens of the micro-batch, unless they are more than the default budget.
     """
     text = shape.get_text_config()
-    tile = 4 * (text.vocab_size + 3 * text.hidden_size) * work.rows * work.row
-    limit = CPU_BUDGET if device.type == "cpu" else GPU_ROWS * 4 * (text.vocab_size + 3 * text.hidden_size)
+    row = 4 * (text.vocab_size + 3 * text.hidden_size)
+    tile = row * work.rows * work.row
+    limit = max(CPU_BUDGET, CPU_ROWS * row) if device.type == "cpu" else GPU_ROWS * row
     sums = 4 * text.vocab_size * text.hidden_size if dtype != torch.float32 else 0
     return min(tile, limit) + sums
 
