@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from repo_ops.trainer.config import TrainConfig
 from repo_ops.trainer.log import RunLog, read_metrics
 from repo_ops.trainer.report import draw_report
 from repo_ops.trainer.summary import show_run, summarize_run, summary_rows, summary_table
@@ -30,7 +31,7 @@ def line(step: int, reward: float, **more: float) -> dict[str, float]:
 
 def write_run(folder: Path, console: Console | None = None, replayed_after: int = 5) -> Path:
     folder.mkdir()
-    with RunLog(folder, name="a run", steps=7, console=console) as log:
+    with RunLog(folder, TrainConfig(steps=7), name="a run", console=console) as log:
         log.step(0, {"eval/sampled_mean": 0.25, "eval/greedy_mean": 0.5})
         for step in range(1, 8):
             log.step(step, line(step, 0.1 * step, **({"off_policy/ess": 0.9} if step > replayed_after else {})))
@@ -38,7 +39,7 @@ def write_run(folder: Path, console: Console | None = None, replayed_after: int 
 
 
 def test_lines_are_flushed_as_they_come_and_read_back(tmp_path: Path) -> None:
-    with RunLog(tmp_path, name="a run", steps=2, console=Console(file=StringIO())) as log:
+    with RunLog(tmp_path, TrainConfig(steps=2), name="a run", console=Console(file=StringIO())) as log:
         log.step(0, {"eval/sampled_mean": 0.5})
         log.step(1, {"reward/mean": 0.25, "loss": float("nan"), "grad_norm": float("inf")})
         # strict JSON has no NaN, and other readers of the file stop at one
@@ -50,7 +51,7 @@ def test_lines_are_flushed_as_they_come_and_read_back(tmp_path: Path) -> None:
 
 def test_plain_lines_without_a_terminal(tmp_path: Path) -> None:
     out = StringIO()
-    with RunLog(tmp_path, name="a run", steps=5, every=2, console=Console(file=out)) as log:
+    with RunLog(tmp_path, TrainConfig(steps=5, log_steps=2), name="a run", console=Console(file=out)) as log:
         for step in range(1, 6):
             log.step(step, line(step, 0.5))
     assert out.getvalue().splitlines() == [
@@ -60,7 +61,9 @@ def test_plain_lines_without_a_terminal(tmp_path: Path) -> None:
 
 def test_a_terminal_gets_a_bar(tmp_path: Path) -> None:
     out = StringIO()
-    with RunLog(tmp_path, name="a run", steps=2, console=Console(file=out, force_terminal=True, width=160)) as log:
+    with RunLog(
+        tmp_path, TrainConfig(steps=2), name="a run", console=Console(file=out, force_terminal=True, width=160)
+    ) as log:
         log.step(1, line(1, 0.5))
         log.step(2, line(2, 0.75))
     assert "2/2" in out.getvalue()
@@ -91,7 +94,7 @@ def test_a_run_without_evaluation_or_replay_has_a_table_too() -> None:
 
 
 def test_a_run_without_replay_or_evaluation_has_a_picture_too(tmp_path: Path) -> None:
-    with RunLog(tmp_path, name="a run", steps=1, console=Console(file=StringIO())) as log:
+    with RunLog(tmp_path, TrainConfig(steps=1), name="a run", console=Console(file=StringIO())) as log:
         log.step(1, line(1, 0.5))
     assert draw_report({"a run": tmp_path}, tmp_path / "report.png").stat().st_size > 10_000
 

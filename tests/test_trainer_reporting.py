@@ -13,11 +13,11 @@ from repo_ops.cli import main
 from repo_ops.trainer.config import TrainConfig
 from repo_ops.trainer.failed import RunFailed
 from repo_ops.trainer.learner import Learner, ScoredSequence
+from repo_ops.trainer.log import read_record
 from repo_ops.trainer.loop import train
 from repo_ops.trainer.nonfinite import NonfiniteGuard
 from repo_ops.trainer.out_of_memory import is_out_of_memory
 from repo_ops.trainer.run import Run, prepare
-from repo_ops.trainer.run_record import read_record
 from repo_ops.trainer.samples import read_samples
 
 SMALL = TrainConfig(

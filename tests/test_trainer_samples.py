@@ -9,6 +9,7 @@ from rich.cells import cell_len
 from rich.console import Console
 
 from repo_ops.replay import Sample
+from repo_ops.trainer.config import TrainConfig
 from repo_ops.trainer.groups import Group
 from repo_ops.trainer.learner import ScoredSequence
 from repo_ops.trainer.log import RunLog, read_metrics
@@ -78,13 +79,13 @@ def test_table_is_cut_to_the_terminal_at_the_right_ends(width: int) -> None:
 
 
 def test_a_resumed_log_forgets_later_steps_and_a_half_written_line(tmp_path: Path) -> None:
-    with RunLog(tmp_path, name="r", steps=9, sample_steps=1, console=Console(file=StringIO())) as log:
+    with RunLog(tmp_path, TrainConfig(steps=9, sample_steps=1), name="r", console=Console(file=StringIO())) as log:
         for step in range(5):
             log.step(step, {"loss": float(step)})
             log.completions(step, [row(step=step)])
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 5, "lo')
-    with RunLog(tmp_path, name="r", steps=9, console=Console(file=StringIO()), resumed_at=2) as log:
+    with RunLog(tmp_path, TrainConfig(steps=9), name="r", console=Console(file=StringIO()), resumed_at=2) as log:
         log.step(3, {"loss": 30.0})
     expected = [{"step": 0, "loss": 0.0}, {"step": 1, "loss": 1.0}, {"step": 2, "loss": 2.0}, {"step": 3, "loss": 30.0}]
     assert read_metrics(tmp_path) == log.lines == expected
@@ -95,9 +96,8 @@ def test_a_silent_log_leaves_the_files_of_the_first_rank_alone(tmp_path: Path) -
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
     out = StringIO()
     console = Console(file=out, force_terminal=True)
-    with RunLog(
-        tmp_path, name="r", steps=2, sample_steps=1, save_completions=True, console=console, silent=True
-    ) as log:
+    config = TrainConfig(steps=2, sample_steps=1, save_completions=True)
+    with RunLog(tmp_path, config, name="r", console=console, silent=True) as log:
         log.say("hello")
         log.step(1, {"loss": 1.0})
         log.completions(1, [row()])
@@ -109,7 +109,7 @@ def test_a_silent_log_leaves_the_files_of_the_first_rank_alone(tmp_path: Path) -
 
 def run_folder(folder: Path) -> Path:
     folder.mkdir()
-    with RunLog(folder, name="r", steps=2, console=Console(file=StringIO())) as log:
+    with RunLog(folder, TrainConfig(steps=2), name="r", console=Console(file=StringIO())) as log:
         for step in (1, 2):
             groups = {f"groups/effective{kind}": 0.5 for kind in ("", "_on", "_off")}
             seconds = {f"time/{part}": 1.0 for part in ("generate", "learner", "rest")}

@@ -18,7 +18,9 @@ def opening(folder: Path, resumed_at: int | None = None) -> Opening:
 
 
 def run_steps(name: str, run: Opening, steps: range) -> None:
-    with RunLog(run.folder, name="r", steps=9, trackers=open_trackers([name], run), resumed_at=run.resumed_at) as log:
+    with RunLog(
+        run.folder, TrainConfig(steps=9), name="r", trackers=open_trackers([name], run), resumed_at=run.resumed_at
+    ) as log:
         for step in steps:
             log.step(step, {"reward/mean": step / 8, "eval/sampled_mean": 0.5, "loss": float("nan")})
 

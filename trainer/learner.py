@@ -138,6 +138,11 @@ class Learner:
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.parameters, lr=0.0, betas=betas, weight_decay=weight_decay, fused=True)
 
+    @property
+    def keeps_reference(self) -> bool:
+        """Whether a second model is kept for the KL; adapters that are switched off need none."""
+        return self.reference not in (None, self.backbone)
+
     def _backbone(
         self, model: PreTrainedModel, autocast: torch.dtype | None, replicas: int, cpu_offload: bool
     ) -> Backbone:

@@ -1,4 +1,4 @@
-"""What a run says: metrics.jsonl always, trackers on request, a progress bar on a terminal, plain lines elsewhere."""
+"""What a run says: metrics.jsonl always, trackers on request, a bar on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -13,19 +13,14 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from repo_ops.trainer.samples import (
-    SAMPLES_FILE,
-    SampleRow,
-    sample_table,
-    spread,
-    write_completions,
-    write_samples,
-)
+from repo_ops.trainer.config import TrainConfig
+from repo_ops.trainer.samples import SAMPLES_FILE, SampleRow, sample_table, spread, write_completions, write_samples
 from repo_ops.trainer.trackers import Tracker, tracked_names
 
-__all__ = ["RunLog", "read_metrics"]
+__all__ = ["METRICS_FILE", "RunLog", "read_metrics", "read_record", "write_record"]
 
 METRICS_FILE = "metrics.jsonl"
+RECORD_FILE = "run.json"
 
 
 class RunLog:
@@ -34,11 +29,8 @@ class RunLog:
     Step 0 holds the evaluation before training. Each line is flushed, so a run that dies leaves its steps.
 
     Args:
+        config: of the run; how often and what is shown, and whether all completions are kept.
         name: shown before the bar, and in plain lines.
-        every: print every so many steps where there is no terminal; the file gets all of them.
-        sample_steps: show a table of completions every so many steps and after the last (0: never).
-        sample_rows: completions in that table.
-        save_completions: write all completions of each step as parquet.
         trackers: get every metric too.
         resumed_at: step of the checkpoint that the run goes on from; later lines of an earlier try are dropped. None: a
             new run, whose files replace those of an older one.
@@ -48,26 +40,18 @@ class RunLog:
     def __init__(
         self,
         folder: Path,
+        config: TrainConfig,
         *,
         name: str,
-        steps: int,
-        every: int = 1,
         console: Console | None = None,
-        sample_steps: int = 0,
-        sample_rows: int = 4,
-        save_completions: bool = False,
         trackers: Sequence[Tracker] = (),
         resumed_at: int | None = None,
         silent: bool = False,
     ) -> None:
         self.folder = folder
-        self.console = Console(quiet=True) if silent else console or Console()
+        self.config = config
         self.name = name
-        self.steps = steps
-        self.every = every
-        self.sample_steps = sample_steps
-        self.sample_rows = sample_rows
-        self.save_completions = save_completions
+        self.console = Console(quiet=True) if silent else console or Console()
         self.trackers = trackers
         self.silent = silent
         self.step_done: Callable[[int], None] = lambda step: None
@@ -89,7 +73,7 @@ class RunLog:
             console=self.console,
             disable=silent or not self.console.is_terminal,
         )
-        self._task = self._progress.add_task(name, total=steps, status="")
+        self._task = self._progress.add_task(name, total=config.steps, status="")
 
     def __enter__(self) -> RunLog:
         self._progress.start()
@@ -116,20 +100,23 @@ class RunLog:
         for tracker in self.trackers:
             tracker.log(step, tracked_names(metrics))
         self._progress.update(self._task, completed=step, status=_status(metrics))
-        if not self.console.is_terminal and (step % self.every == 0 or step == self.steps):
-            self.say(f"{self.name}  step {step:>3}/{self.steps}  {_status(metrics)}")
+        if not self.console.is_terminal and self._due(step, self.config.log_steps):
+            self.say(f"{self.name}  step {step:>3}/{self.config.steps}  {_status(metrics)}")
         self.step_done(step)
 
     def completions(self, step: int, rows: Sequence[SampleRow]) -> None:
         """Show and keep the completions of a step, as far as the settings ask for them."""
         if self.silent:
             return
-        if self.save_completions:
+        if self.config.save_completions:
             write_completions(self.folder, step, rows)
-        if self.sample_steps and (step % self.sample_steps == 0 or step == self.steps) and rows:
-            chosen = spread(rows, self.sample_rows)
+        if self._due(step, self.config.sample_steps) and rows:
+            chosen = spread(rows, self.config.sample_rows)
             write_samples(self.folder, chosen)
             self.console.print(sample_table(chosen, title=f"step {step}: {len(chosen)} of {len(rows)} completions"))
+
+    def _due(self, step: int, every: int) -> bool:
+        return every > 0 and (step % every == 0 or step == self.config.steps)
 
 
 def _keep_steps(path: Path, resumed_at: int | None) -> list[dict[str, Any]]:
@@ -168,3 +155,14 @@ def _status(metrics: Mapping[str, float]) -> str:
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """The lines of folder/metrics.jsonl."""
     return _lines(folder / METRICS_FILE)
+
+
+def write_record(folder: Path, record: Mapping[str, Any]) -> None:
+    """Write folder/run.json: what a report says of a run beside its metrics."""
+    (folder / RECORD_FILE).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """What `write_record` wrote; {} where there is none."""
+    path = folder / RECORD_FILE
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}

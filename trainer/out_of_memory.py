@@ -21,7 +21,6 @@ from repo_ops.trainer.footprint import (
     sketched,
 )
 from repo_ops.trainer.rollout import encode_prompts
-from repo_ops.trainer.run_record import has_reference
 
 if TYPE_CHECKING:
     from repo_ops.trainer.run import Run
@@ -73,7 +72,7 @@ def explain(run: Run, error: BaseException) -> str:
     work = Workload.of(run.config, lengths, run.max_new_tokens, ranks=ranks, heldout=heldout)
     peak = parts_at_peak(run.config, shape, device, work)
     offloaded = run.config.cpu_offload and device.type != "cpu"
-    rest = {} if offloaded else memory_at_rest(run.model, reference=has_reference(run))
+    rest = {} if offloaded else memory_at_rest(run.model, reference=run.learner.keeps_reference)
     parts = {**rest, **(peak.generating if generating else peak.learning)}
     largest = sorted(parts.items(), key=lambda part: -part[1])
     lines = [

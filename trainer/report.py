@@ -9,8 +9,7 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from repo_ops.trainer.log import METRICS_FILE, read_metrics
-from repo_ops.trainer.run_record import read_record
+from repo_ops.trainer.log import METRICS_FILE, read_metrics, read_record
 from repo_ops.trainer.samples import evenly, read_samples
 from repo_ops.trainer.summary import summarize_run, summary_rows
 
@@ -48,8 +47,8 @@ def draw_report(runs: Mapping[str, Path], path: Path, *, title: str | None = Non
     # markers of several sizes: equal values stay visible
     for size, colour, (name, lines) in zip((11, 7, 4, 2), RUN_COLOURS, metrics.items()):
         _plot(reward, lines, "reward/mean", colour, f"{name}, train")
-        look = {"marker": "o", "markersize": size, "markerfacecolor": "none", "linestyle": ":", "linewidth": 1.5}
-        _plot(reward, lines, "eval/sampled_mean", colour, f"{name}, held-out", window=1, **look)
+        look: dict[str, Any] = {"marker": "o", "markersize": size, "markerfacecolor": "none", "linestyle": ":"}
+        _plot(reward, lines, "eval/sampled_mean", colour, f"{name}, held-out", window=1, linewidth=1.5, **look)
         replays = any(line.get("groups/effective_off") for line in lines)
         label = "together" if replays else "all on-policy"
         _plot(effective, lines, "groups/effective", colour, f"{name}, {label}", faint=False)
@@ -230,7 +229,7 @@ def write_page(runs: Mapping[str, Path], path: Path, *, picture: Path, title: st
     shown = []
     for name, folder, record, colour in zip(runs, runs.values(), records, RUN_COLOURS):
         samples, settings = read_samples(folder), folder / "config.yaml"
-        run = {"name": name, "record": record, "colour": colour, "samples": samples}
+        run: dict[str, Any] = {"name": name, "record": record, "colour": colour, "samples": samples}
         run["sampled"] = sorted(set(evenly(sorted({row["step"] for row in samples}), SAMPLED_STEPS)))
         run["done"] = max((line["step"] for line in metrics[name]), default=0)
         run["settings"] = settings.read_text(encoding="utf-8") if settings.exists() else ""
