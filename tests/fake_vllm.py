@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from repo_ops.trainer.rollout import SamplingSettings
 from repo_ops.trainer.rollout.hf import HFGenerate
 from repo_ops.trainer.rollout.vllm_worker import WeightUpdates
 
@@ -91,8 +92,7 @@ class FakeVLLM(ThreadingHTTPServer):
         engine = HFGenerate(self.model, _TokenIds(self.tokenizer), stop=())
         engine._stop_ids = torch.tensor(body["stop_token_ids"])
         with self.lock:
-            (group,) = engine.generate(
-                [json.dumps(body["prompt"])],
+            settings = SamplingSettings(
                 num_samples=body["n"],
                 max_new_tokens=body["max_tokens"],
                 temperature=body["temperature"] or 1.0,
@@ -102,6 +102,7 @@ class FakeVLLM(ThreadingHTTPServer):
                 top_logps=body["logprobs"],
                 seed=body["seed"] % 2**62,
             )
+            (group,) = engine.generate([json.dumps(body["prompt"])], settings)
         choices = []
         for index, c in enumerate(group):
             top = [

@@ -5,10 +5,12 @@ import fcntl
 import socket
 import threading
 import time
+from dataclasses import replace
 from functools import partial
 from itertools import chain
 
 import pytest
+import sampled
 import torch
 from fake_vllm import FakeVLLM, Worker
 from tiny_runs import TINY, no_pictures  # noqa: F401 - a fixture that takes effect by being here
@@ -17,15 +19,15 @@ from repo_ops.trainer.config import TrainConfig
 from repo_ops.trainer.log import read_metrics
 from repo_ops.trainer.loop import train
 from repo_ops.trainer.models import TinyModel, load_model
-from repo_ops.trainer.rollout import EngineError, GenerationStopped, encode_prompts
-from repo_ops.trainer.rollout.engine_args import ServerSettings
+from repo_ops.trainer.rollout import EngineError, GenerationStopped, SamplingSettings, encode_prompts
 from repo_ops.trainer.rollout.hf import stop_token_ids
+from repo_ops.trainer.rollout.load import ServerSettings
 from repo_ops.trainer.rollout.vllm_local import VLLMInProcess
 from repo_ops.trainer.rollout.vllm_server import VLLMServer
 from repo_ops.trainer.run import prepare
 
 PROMPTS = ["r:abc=", "sort", "c:abcdefgh=", "r:abc="]
-SETTINGS = {"num_samples": 3, "max_new_tokens": 7, "temperature": 0.7, "seed": 5}
+SETTINGS = SamplingSettings(num_samples=3, max_new_tokens=7, temperature=0.7, seed=5)
 
 
 @pytest.fixture(scope="module")
@@ -61,29 +63,19 @@ def settings(server, folder, **changes):
 
 
 def gap(engine, groups, temperature):
-    """Largest distance between reported log-probabilities and those of a forward over the whole text."""
-    worst = 0.0
-    for prompt, group in zip(encode_prompts(engine._answers.tokenizer, PROMPTS), groups, strict=True):
-        for c in group:
-            ids = torch.tensor([[*prompt, *c.token_ids]])
-            with torch.no_grad():
-                logps = torch.log_softmax(engine.model(ids).logits[0, len(prompt) - 1 : -1] / temperature, -1)
-            for place, token in enumerate(c.token_ids):
-                kept = logps[place, list(c.kept_ids[place])].logsumexp(0) if c.kept_ids else 0.0
-                worst = max(worst, abs(float(logps[place, token] - kept) - c.logps[place]))
-    return worst
+    return sampled.gap(engine.model, engine.tokenizer, PROMPTS, groups, temperature)
 
 
 def test_completions_are_the_policy_s_and_follow_the_seed(engine, server, tiny):
-    groups = engine.generate(PROMPTS, **SETTINGS)
+    groups = engine.generate(PROMPTS, SETTINGS)
     assert [len(group) for group in groups] == [3, 3, 3, 3]
     assert gap(engine, groups, 0.7) < 1e-5
-    assert engine.generate(PROMPTS, **SETTINGS) == groups
-    assert engine.generate(PROMPTS, **{**SETTINGS, "seed": 6}) != groups
+    assert engine.generate(PROMPTS, SETTINGS) == groups
+    assert engine.generate(PROMPTS, replace(SETTINGS, seed=6)) != groups
     sent = [body for path, body in server.requests if path == "/v1/completions"][: len(PROMPTS)]
     assert sorted(body["prompt"] for body in sent) == sorted(encode_prompts(tiny[1], PROMPTS))
     assert len({body["seed"] for body in sent}) == 4  # equal prompts are not sampled alike
-    assert engine.generate([], **SETTINGS) == []
+    assert engine.generate([], SETTINGS) == []
 
 
 def test_a_completion_ends_as_with_transformers(tiny, server, tmp_path):
@@ -92,7 +84,7 @@ def test_a_completion_ends_as_with_transformers(tiny, server, tmp_path):
     engine.sync(0)
     stops = set(stop_token_ids(tiny[0], tiny[1], stop).tolist())
     completions = list(
-        chain.from_iterable(engine.generate(PROMPTS, **{**SETTINGS, "num_samples": 16, "temperature": 2.0}))
+        chain.from_iterable(engine.generate(PROMPTS, replace(SETTINGS, num_samples=16, temperature=2.0)))
     )
     assert {c.finished for c in completions} == {True, False}
     for c in completions:
@@ -102,19 +94,19 @@ def test_a_completion_ends_as_with_transformers(tiny, server, tmp_path):
 
 
 def test_greedy_top_logps_and_kept_tokens(engine):
-    greedy = engine.generate(PROMPTS, **{**SETTINGS, "temperature": 1.0}, greedy=True)
+    greedy = engine.generate(PROMPTS, replace(SETTINGS, temperature=1.0, greedy=True))
     assert all(len(set(group)) == 1 and len(group) == 3 for group in greedy)
     assert gap(engine, greedy, 1.0) < 1e-5
 
-    flat = {**SETTINGS, "temperature": 2.0}
-    likely = engine.generate(PROMPTS, **flat, top_logps=4)
+    flat = replace(SETTINGS, temperature=2.0)
+    likely = engine.generate(PROMPTS, replace(flat, top_logps=4))
     for c in (c for group in likely for c in group):
         for token, logp, ids, logps in zip(c.token_ids, c.logps, c.top_ids, c.top_logps, strict=True):
             assert len(ids) == len(set(ids)) == 4
             assert list(logps[:3]) == sorted(logps[:3], reverse=True)
             assert logps[ids.index(token)] == pytest.approx(logp, abs=1e-6)
 
-    truncated = engine.generate(PROMPTS, **flat, top_k=5, top_p=0.9)
+    truncated = engine.generate(PROMPTS, replace(flat, top_k=5, top_p=0.9))
     assert gap(engine, truncated, 2.0) < 1e-4
     sizes = {len(kept) for group in truncated for c in group for kept in c.kept_ids}
     assert max(sizes) <= 5
@@ -124,9 +116,9 @@ def test_greedy_top_logps_and_kept_tokens(engine):
 def test_new_weights_are_what_it_samples_from(engine, server, tmp_path):
     with torch.no_grad():
         engine.model.model.layers[0].mlp.up_proj.weight.add_(0.3)
-    assert gap(engine, engine.generate(PROMPTS, **SETTINGS), 0.7) > 1e-2
+    assert gap(engine, engine.generate(PROMPTS, SETTINGS), 0.7) > 1e-2
     engine.sync(1)
-    assert gap(engine, engine.generate(PROMPTS, **SETTINGS), 0.7) < 1e-5
+    assert gap(engine, engine.generate(PROMPTS, SETTINGS), 0.7) < 1e-5
     assert engine.version == 1
     assert list(tmp_path.iterdir()) == []  # no copy of the weights is left behind
     calls = [body["method"] if path == "/collective_rpc" else path for path, body in server.requests]
@@ -137,7 +129,7 @@ def test_new_weights_are_what_it_samples_from(engine, server, tmp_path):
 
 def test_generate_before_sync_is_refused(tiny, server, tmp_path):
     with pytest.raises(EngineError, match="expected sync"):
-        VLLMServer(*tiny, settings=settings(server, tmp_path)).generate(PROMPTS, **SETTINGS)
+        VLLMServer(*tiny, settings=settings(server, tmp_path)).generate(PROMPTS, SETTINGS)
 
 
 def corrupt(name, kind):
@@ -206,7 +198,7 @@ def test_what_the_server_does_wrong_is_a_sentence(engine, server, path, fault, s
     server.faults[path] = fault
     if "within 1 s" in sentence:
         engine.settings = ServerSettings(**{**vars(engine.settings), "timeout": 1.0, "sync_timeout": 1.0})
-    call = partial(engine.generate, PROMPTS, **SETTINGS) if path == "/v1/completions" else partial(engine.sync, 1)
+    call = partial(engine.generate, PROMPTS, SETTINGS) if path == "/v1/completions" else partial(engine.sync, 1)
     with pytest.raises(EngineError, match=sentence):
         call()
 
@@ -222,15 +214,15 @@ def test_a_server_that_is_not_there(tiny, tmp_path):
 def test_a_broken_connection_and_a_busy_server_are_tried_again(engine, server, monkeypatch):
     waits = []
     monkeypatch.setattr(threading.Event, "wait", lambda self, seconds=None: waits.append(seconds) and False)
-    expected = engine.generate(PROMPTS[:1], **SETTINGS)
+    expected = engine.generate(PROMPTS[:1], SETTINGS)
     waits.clear()
     answers = iter([lambda h: h.hang_up(), lambda h: h.send({}, 503)])
     server.faults["/v1/completions"] = lambda h, b, a: next(answers, lambda h: h.send(a()))(h)
     engine._client.retries = 2
-    assert engine._client.post("/v1/completions", engine_body(server), timeout=20.0)["choices"]
+    assert engine._client.ask("/v1/completions", engine_body(server), timeout=20.0)["choices"]
     assert [seconds for seconds in waits if seconds] == [1.0, 2.0]
     server.faults.clear()
-    assert engine.generate(PROMPTS[:1], **SETTINGS) == expected
+    assert engine.generate(PROMPTS[:1], SETTINGS) == expected
 
 
 def engine_body(server):
@@ -253,12 +245,12 @@ def test_the_rest_is_broken_off(engine, server, reason):
         assert handler.connection.recv(1) == b""  # the client's end closes
         return hung_up.release()
 
-    engine.generate(PROMPTS, **SETTINGS)
+    engine.generate(PROMPTS, SETTINGS)
     first_seed = engine_body(server)["seed"]
     server.faults["/v1/completions"] = slow
     engine.should_stop = lambda: reason == "stop" and len(under_way) == others
     with pytest.raises(GenerationStopped if reason == "stop" else EngineError):
-        engine.generate(PROMPTS, **SETTINGS)
+        engine.generate(PROMPTS, SETTINGS)
     for _ in range(others):  # long before the time-out of the request
         assert hung_up.acquire(timeout=15)
 
@@ -274,7 +266,7 @@ def test_a_server_with_other_settings(tiny, worker, sentence, tmp_path):
     def sample(server):
         engine = VLLMServer(*tiny, settings=settings(server, tmp_path))
         engine.sync(0)
-        engine.generate(PROMPTS, **SETTINGS, top_k=5)
+        engine.generate(PROMPTS, replace(SETTINGS, top_k=5))
 
     with (
         FakeVLLM(copy.deepcopy(tiny[0]), tiny[1], **worker) as server,
@@ -299,7 +291,7 @@ def test_a_server_without_the_extension_is_told_how_to_start(tiny, server, tmp_p
 )
 def test_what_cannot_be_exact_is_refused(engine, change, sentence):
     with pytest.raises(ValueError, match=sentence):
-        engine.generate(PROMPTS, **{**SETTINGS, **change})
+        engine.generate(PROMPTS, replace(SETTINGS, **change))
 
 
 def test_a_prompt_without_room_is_found_before_the_first_step(engine, server, tmp_path):
@@ -308,7 +300,7 @@ def test_a_prompt_without_room_is_found_before_the_first_step(engine, server, tm
     with pytest.raises(EngineError, match=sentence):
         engine.check_prompts(["r:a=", "r:abcdefghijklm"], max_new_tokens=50)
     with pytest.raises(EngineError, match=sentence):
-        engine.generate(["r:abcdefghijklm"], **{**SETTINGS, "max_new_tokens": 50})
+        engine.generate(["r:abcdefghijklm"], replace(SETTINGS, max_new_tokens=50))
     settings = {**TINY, "output_dir": str(tmp_path), "engine": "vllm_server", "max_new_tokens": 63}
     with pytest.raises(EngineError, match="at most 1 tokens beside max_new_tokens = 63"):
         prepare(TrainConfig(**settings, engine_args={"url": server.url, "retries": 0}))
@@ -317,15 +309,15 @@ def test_a_prompt_without_room_is_found_before_the_first_step(engine, server, tm
 @pytest.mark.parametrize("reason", ["started again", "another run"])
 def test_weights_of_others_are_noticed(engine, server, tiny, tmp_path, reason):
     """Nothing else would tell: the server answers, with the log-probabilities of what it holds."""
-    assert engine.generate(PROMPTS, **SETTINGS)
+    assert engine.generate(PROMPTS, SETTINGS)
     if reason == "started again":
         server.worker = Worker(server.model)
     else:
         VLLMServer(*tiny, settings=settings(server, tmp_path)).sync(3)
     with pytest.raises(EngineError, match="no longer holds the weights that it was sent after step 0; it was started"):
-        engine.generate(PROMPTS, **SETTINGS)
+        engine.generate(PROMPTS, SETTINGS)
     engine.sync(1)
-    assert engine.generate(PROMPTS, **SETTINGS)
+    assert engine.generate(PROMPTS, SETTINGS)
 
 
 def test_weights_of_a_killed_run_are_removed(tiny, server, tmp_path):
@@ -347,7 +339,7 @@ def test_a_server_with_a_key(tiny, tmp_path, monkeypatch):
         monkeypatch.setenv("VLLM_API_KEY", "open sesame")
         engine = VLLMServer(*tiny, settings=settings(server, tmp_path))
         engine.sync(0)
-        assert gap(engine, engine.generate(PROMPTS, **SETTINGS), 0.7) < 1e-5
+        assert gap(engine, engine.generate(PROMPTS, SETTINGS), 0.7) < 1e-5
 
 
 def test_what_samples_is_said(engine, server):
@@ -366,7 +358,7 @@ def test_an_engine_in_process_that_is_not_in_the_process(tiny, monkeypatch):
 def test_a_folder_that_cannot_be_written(engine):
     engine.settings = ServerSettings(url=engine.settings.url)
     object.__setattr__(engine.settings, "weights_dir", "/proc")
-    with pytest.raises(EngineError, match=r"could not be written to /proc .*; set engine_args\.weights_dir"):
+    with pytest.raises(EngineError, match=r"could not be written to /proc .*; set --engine_args\.weights_dir"):
         engine.sync(1)
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from fake_vllm import Worker
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from repo_ops.trainer.lora import add_lora, merge_lora
 from repo_ops.trainer.rollout import EngineError
@@ -45,6 +45,21 @@ def test_adapters_are_merged_and_left_alone():
     # 2 layers x (q, down) + the head have changed
     assert sum(not torch.equal(sent[n], w) for n, w in llama(tied=False).state_dict().items()) == 5
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_adapters_on_transposed_layers_are_merged():
+    """GPT-2's layers hold their weight as [in, out]; a square one would be merged wrongly without a word."""
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=20, n_positions=8, n_embd=8, n_layer=1, n_head=2))
+    add_lora(model, rank=2, alpha=6.0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_()
+    expected = merge_lora(model, dict(model.state_dict()))
+    sent = dict(full_weights(model))
+    assert {"transformer.h.0.attn.c_attn.weight", "transformer.h.0.attn.c_proj.weight"} <= sent.keys()
+    assert all(torch.equal(sent[name], expected[name]) for name in sent)
 
 
 def test_an_adapter_on_a_tied_head_is_refused():

@@ -48,7 +48,7 @@ def refused(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> str:
         (["--engine", "vllm_server", "--engine_args.ulr", "x"], "engine_args: unknown key 'ulr'; did you mean 'url'?"),
         (
             ["--engine", "vllm_server", "--engine_args.timeout", "0"],
-            "engine_args: timeout: expected more than 0 seconds",
+            "engine_args.timeout: expected more than 0 seconds",
         ),
         (["--warmup", "9", "--steps", "5"], "warmup: expected at most steps = 5, got 9"),
         (["--prompts_per_step", "9", "--train_size", "8"], "prompts_per_step: expected at most train_size = 8, got 9"),

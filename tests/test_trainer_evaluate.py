@@ -14,7 +14,7 @@ from repo_ops.trainer.evaluate import bootstrap, evaluate, interval, pass_at_k
 from repo_ops.trainer.loop import held_out
 from repo_ops.trainer.models import load_model
 from repo_ops.trainer.rewards import Rewards
-from repo_ops.trainer.rollout import Completion
+from repo_ops.trainer.rollout import Completion, SamplingSettings
 from repo_ops.trainer.run import prepare
 from repo_ops.trainer.tasks import Example
 
@@ -27,8 +27,9 @@ class Scripted:
         self.greedy = greedy
         self.calls = []
 
-    def generate(self, prompts, *, num_samples, greedy=False, **settings):
-        self.calls.append({"num_samples": num_samples, "greedy": greedy, **settings})
+    def generate(self, prompts, settings):
+        self.calls.append(settings)
+        num_samples, greedy = settings.num_samples, settings.greedy
         texts = [[self.greedy[p]] * num_samples if greedy else self.sampled[p][:num_samples] for p in prompts]
         return [[Completion((1,), (-0.1,), text, finished=text != "?") for text in group] for group in texts]
 
@@ -77,11 +78,8 @@ def test_by_hand():
             "pass@2_high": high_2,
         }
     )
-    assert [call["greedy"] for call in engine.calls] == [True, False]
-    whole = {"top_k": 0, "top_p": 1.0}
-    assert engine.calls[1] == {
-        "num_samples": 4, "greedy": False, "max_new_tokens": 3, "temperature": 0.7, "seed": 9, **whole
-    }  # fmt: skip
+    assert [call.greedy for call in engine.calls] == [True, False]
+    assert engine.calls[1] == SamplingSettings(num_samples=4, max_new_tokens=3, temperature=0.7, seed=9)
 
 
 def test_success_may_be_less_than_one():

@@ -448,10 +448,10 @@ def test_an_engine_that_fails_behind_the_learner_costs_nothing_of_the_step(
         if "weights" in what and version == step:
             raise EngineError("engine: the server is gone")
 
-    def generate(self, prompts, *, greedy=False, **sampling):
-        if greedy and self.version == step:
+    def generate(self, prompts, settings):
+        if settings.greedy and self.version == step:
             raise EngineError("engine: the server is gone")
-        return real[1](self, prompts, greedy=greedy, **sampling)
+        return real[1](self, prompts, settings)
 
     with monkeypatch.context() as patch:
         patch.setattr(HFGenerate, "sync", sync)

@@ -110,9 +110,9 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> Watched:
     seen = Watched()
     generate, step = HFGenerate.generate, Learner.step
 
-    def watched_generate(self, prompts, **sampling):
-        groups = generate(self, prompts, **sampling)
-        if sampling["num_samples"] == SMALL["group_size"]:  # not an evaluation
+    def watched_generate(self, prompts, settings):
+        groups = generate(self, prompts, settings)
+        if settings.num_samples == SMALL["group_size"]:  # not an evaluation
             seen.generated.append(dict(zip(prompts, groups, strict=True)))
         return groups
 
@@ -318,8 +318,8 @@ def test_completions_without_a_reward_are_left_out(tmp_path: Path, watched: Watc
 def test_empty_completions_count_and_are_never_replayed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     generate = HFGenerate.generate
 
-    def with_an_empty_one(self, prompts, **sampling):
-        groups = generate(self, prompts, **sampling)
+    def with_an_empty_one(self, prompts, settings):
+        groups = generate(self, prompts, settings)
         return [[Completion((), (), "", False), *group[1:]] for group in groups]
 
     monkeypatch.setattr(HFGenerate, "generate", with_an_empty_one)

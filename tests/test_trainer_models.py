@@ -14,6 +14,7 @@ import torch
 from repo_ops.trainer.models import TinyModel, load_model
 from repo_ops.trainer.models.cache import built_folder, cache_root
 from repo_ops.trainer.models.liger import patch_layers
+from repo_ops.trainer.rollout import SamplingSettings
 from repo_ops.trainer.rollout.hf import HFGenerate
 from repo_ops.trainer.tasks import load_task
 
@@ -63,9 +64,8 @@ def test_the_warm_start_leaves_something_to_raise(tmp_path):
     """Neither hopeless nor solved: only groups with both right and wrong answers carry a gradient."""
     model, tokenizer = load_model("tiny", seed=1, cache_dir=tmp_path)
     examples = load_task("reverse", train_size=64, heldout_size=0).train
-    groups = HFGenerate(model, tokenizer).generate(
-        [e.prompt for e in examples], num_samples=8, max_new_tokens=6, temperature=1.0, seed=0
-    )
+    settings = SamplingSettings(num_samples=8, max_new_tokens=6, temperature=1.0, seed=0)
+    groups = HFGenerate(model, tokenizer).generate([e.prompt for e in examples], settings)
     right = torch.tensor(
         [[c.text == e.columns["answer"] for c in group] for e, group in zip(examples, groups)], dtype=torch.float
     )

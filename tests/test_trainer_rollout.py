@@ -4,20 +4,22 @@ import copy
 import importlib.util
 import math
 import random
+from dataclasses import replace
+from statistics import fmean
 
 import pytest
 import torch
-from torch import Tensor
-from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, PreTrainedModel
+from sampled import gap, true_logps
+from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig
 
 from repo_ops.trainer.models import TinyModel, load_model
-from repo_ops.trainer.rollout import Completion, GenerationStopped, encode_prompts, never
+from repo_ops.trainer.rollout import Completion, GenerationStopped, SamplingSettings, encode_prompts, never
 from repo_ops.trainer.rollout.hf import HFGenerate, stop_token_ids
 from repo_ops.trainer.rollout.sampler import inverse_cdf, truncated
 
 # three lengths, so that two of them are padded, and one prompt twice
 PROMPTS = ["r:abc=", "sort", "c:abcdefgh=", "r:abc="]
-SETTINGS = {"num_samples": 3, "max_new_tokens": 7, "temperature": 0.7, "seed": 5}
+SETTINGS = SamplingSettings(num_samples=3, max_new_tokens=7, temperature=0.7, seed=5)
 
 
 @pytest.fixture(scope="module")
@@ -32,28 +34,13 @@ def tiny(tmp_path_factory):
     return model, tokenizer
 
 
-def true_logps(model: PreTrainedModel, prompt: list[int], completion: Completion, temperature: float) -> Tensor:
-    """Log-probabilities [T, V] at each completion token, from one forward over prompt + completion."""
-    ids = torch.tensor([[*prompt, *completion.token_ids]])
-    with torch.no_grad():
-        logits = model(input_ids=ids).logits[0, len(prompt) - 1 : -1]
-    return torch.log_softmax(logits.double() / temperature, dim=-1)
-
-
-def gathered(logps: Tensor, completion: Completion) -> Tensor:
-    return logps.gather(1, torch.tensor(completion.token_ids)[:, None]).squeeze(1)
-
-
 @pytest.mark.parametrize("max_batch_size", [1, 5, 128])  # each alone; groups cut in the middle; all at once
 def test_logps_are_those_of_a_forward_over_the_whole_text(tiny, max_batch_size):
     model, tokenizer = tiny
     double = copy.deepcopy(model).double()
-    groups = HFGenerate(model, tokenizer, max_batch_size=max_batch_size).generate(PROMPTS, **SETTINGS)
+    groups = HFGenerate(model, tokenizer, max_batch_size=max_batch_size).generate(PROMPTS, SETTINGS)
     assert [len(group) for group in groups] == [3, 3, 3, 3]
-    for prompt, group in zip(encode_prompts(tokenizer, PROMPTS), groups):
-        for completion in group:
-            expected = gathered(true_logps(double, prompt, completion, 0.7), completion)
-            torch.testing.assert_close(torch.tensor(completion.logps, dtype=torch.float64), expected, atol=1e-5, rtol=0)
+    assert gap(double, tokenizer, PROMPTS, groups, 0.7) < 1e-5
 
 
 @pytest.mark.parametrize(
@@ -75,28 +62,25 @@ def test_other_architectures(tiny, config):
     )
     torch.manual_seed(1)
     model = AutoModelForCausalLM.from_config(config).eval()
-    groups = HFGenerate(model, tokenizer, stop=tuple("abcdefgh")).generate(PROMPTS, **{**SETTINGS, "num_samples": 8})
+    groups = HFGenerate(model, tokenizer, stop=tuple("abcdefgh")).generate(PROMPTS, replace(SETTINGS, num_samples=8))
     assert len({len(c.token_ids) for group in groups for c in group}) >= 3
-    for prompt, group in zip(encode_prompts(tokenizer, PROMPTS), groups):
-        for completion in group:
-            expected = gathered(true_logps(model, prompt, completion, 0.7), completion)
-            torch.testing.assert_close(torch.tensor(completion.logps, dtype=torch.float64), expected, atol=1e-5, rtol=0)
+    assert gap(model, tokenizer, PROMPTS, groups, 0.7) < 1e-5
 
 
 def test_completions_do_not_depend_on_the_batch_size(tiny):
-    in_one, in_many = (HFGenerate(*tiny, max_batch_size=n).generate(PROMPTS, **SETTINGS) for n in (128, 2))
+    in_one, in_many = (HFGenerate(*tiny, max_batch_size=n).generate(PROMPTS, SETTINGS) for n in (128, 2))
     assert tokens(in_one) == tokens(in_many)
 
 
 def test_the_seed_decides_and_the_global_random_state_is_left_alone(tiny):
     engine = HFGenerate(*tiny)
     before = torch.get_rng_state(), random.getstate()
-    first = engine.generate(PROMPTS, **SETTINGS)
+    first = engine.generate(PROMPTS, SETTINGS)
     assert torch.equal(torch.get_rng_state(), before[0])
     assert random.getstate() == before[1]
     torch.rand(3)
-    assert engine.generate(PROMPTS, **SETTINGS) == first
-    assert tokens(engine.generate(PROMPTS, **{**SETTINGS, "seed": 6})) != tokens(first)
+    assert engine.generate(PROMPTS, SETTINGS) == first
+    assert tokens(engine.generate(PROMPTS, replace(SETTINGS, seed=6))) != tokens(first)
     # equal prompts are different rows, with numbers of their own
     assert tokens(first[:1]) != tokens(first[3:])
 
@@ -104,9 +88,8 @@ def test_the_seed_decides_and_the_global_random_state_is_left_alone(tiny):
 def test_the_first_token_follows_the_model_s_distribution(tiny):
     model, tokenizer = tiny
     n = 4000
-    group = HFGenerate(model, tokenizer).generate(["r:abc="], num_samples=n, max_new_tokens=1, temperature=1.3, seed=0)[
-        0
-    ]
+    settings = SamplingSettings(num_samples=n, max_new_tokens=1, temperature=1.3, seed=0)
+    (group,) = HFGenerate(model, tokenizer).generate(["r:abc="], settings)
     expected = true_logps(model, encode_prompts(tokenizer, ["r:abc="])[0], group[0], 1.3)[0].exp() * n
     seen = torch.bincount(torch.tensor([c.token_ids[0] for c in group]), minlength=len(expected)).double()
     common = expected >= 5  # Pearson's statistic wants that many in a cell; the rest make one cell
@@ -121,7 +104,7 @@ def test_the_first_token_follows_the_model_s_distribution(tiny):
 def test_a_completion_ends_with_its_terminator(tiny):
     model, tokenizer = tiny
     groups = HFGenerate(model, tokenizer, stop=("a", "b", "7")).generate(
-        PROMPTS, num_samples=32, max_new_tokens=12, temperature=1.5, seed=0
+        PROMPTS, SamplingSettings(num_samples=32, max_new_tokens=12, temperature=1.5, seed=0)
     )
     stops = set(stop_token_ids(model, tokenizer, ("a", "b", "7")).tolist())
     assert stops == {*tokenizer("ab7").input_ids, tokenizer.eos_token_id}
@@ -142,7 +125,8 @@ def test_a_completion_ends_with_its_terminator(tiny):
 def test_text_stops_before_the_stop_character(tiny):
     model, tokenizer = tiny
     engine = HFGenerate(model, tokenizer, stop=("\n",))
-    for completion in engine.generate(PROMPTS, num_samples=16, max_new_tokens=12, temperature=2.0, seed=1)[0]:
+    settings = SamplingSettings(num_samples=16, max_new_tokens=12, temperature=2.0, seed=1)
+    for completion in engine.generate(PROMPTS, settings)[0]:
         kept = completion.token_ids[:-1] if completion.finished else completion.token_ids
         assert completion.text == tokenizer.decode(kept, skip_special_tokens=True)
 
@@ -157,7 +141,7 @@ def test_a_prompt_is_computed_once_and_ended_sequences_leave_the_batch(tiny, mon
     # a third of the symbols end a completion, so the batch thins out
     stop = tuple("abcdefghijklmnop")
     groups = HFGenerate(model, tokenizer, stop=stop).generate(
-        PROMPTS, num_samples=16, max_new_tokens=12, temperature=1.5, seed=0
+        PROMPTS, SamplingSettings(num_samples=16, max_new_tokens=12, temperature=1.5, seed=0)
     )
     assert shapes[0] == (3, 11)  # 4 prompts x 16 samples, but three different prompts; the longest has 11 symbols
     assert all(width == 1 for _, width in shapes[1:])
@@ -170,7 +154,7 @@ def test_a_prompt_is_computed_once_and_ended_sequences_leave_the_batch(tiny, mon
 
 def test_greedy_takes_the_most_probable_token(tiny):
     model, tokenizer = tiny
-    groups = HFGenerate(model, tokenizer).generate(PROMPTS, **{**SETTINGS, "seed": 0}, greedy=True)
+    groups = HFGenerate(model, tokenizer).generate(PROMPTS, replace(SETTINGS, seed=0, greedy=True))
     for prompt, group in zip(encode_prompts(tokenizer, PROMPTS), groups):
         logps = true_logps(model, prompt, group[0], 0.7)
         assert logps.argmax(-1).tolist() == list(group[0].token_ids)
@@ -181,7 +165,7 @@ def test_greedy_takes_the_most_probable_token(tiny):
 @pytest.mark.parametrize(("top_k", "top_p"), [(5, 1.0), (0, 0.8), (9, 0.8)])
 def test_truncated_sampling_reports_the_truncated_distribution(tiny, top_k, top_p):
     model, tokenizer = tiny
-    groups = HFGenerate(model, tokenizer).generate(PROMPTS, **SETTINGS, top_k=top_k, top_p=top_p)
+    groups = HFGenerate(model, tokenizer).generate(PROMPTS, replace(SETTINGS, top_k=top_k, top_p=top_p))
     for prompt, group in zip(encode_prompts(tokenizer, PROMPTS), groups):
         for completion in group:
             for place, logps in enumerate(true_logps(model, prompt, completion, 0.7)):
@@ -196,9 +180,9 @@ def test_truncated_sampling_reports_the_truncated_distribution(tiny, top_k, top_
 @pytest.mark.parametrize("max_batch_size", [5, 128])
 def test_top_logps_are_the_best_of_a_forward_over_the_whole_text(tiny, max_batch_size):
     model, tokenizer = tiny
-    settings = {**SETTINGS, "temperature": 2.0}  # flat enough that some sampled tokens are not among the best
+    settings = replace(SETTINGS, temperature=2.0)  # flat enough that some sampled tokens are not among the best
     plain, groups = (
-        HFGenerate(model, tokenizer, max_batch_size=max_batch_size).generate(PROMPTS, **settings, top_logps=n)
+        HFGenerate(model, tokenizer, max_batch_size=max_batch_size).generate(PROMPTS, replace(settings, top_logps=n))
         for n in (0, 4)
     )
     assert tokens(groups) == tokens(plain)
@@ -250,10 +234,10 @@ def test_inverse_cdf_by_hand():
 
 def test_the_model_s_own_generation_defaults_do_not_bend_the_distribution(tiny):
     model, tokenizer = copy.deepcopy(tiny[0]), tiny[1]
-    plain = HFGenerate(model, tokenizer).generate(PROMPTS, **SETTINGS)
+    plain = HFGenerate(model, tokenizer).generate(PROMPTS, SETTINGS)
     model.generation_config.update(repetition_penalty=3.0, top_k=1, do_sample=True, min_new_tokens=5)
     defaults = model.generation_config
-    assert HFGenerate(model, tokenizer).generate(PROMPTS, **SETTINGS) == plain
+    assert HFGenerate(model, tokenizer).generate(PROMPTS, SETTINGS) == plain
     assert model.generation_config is defaults
 
 
@@ -262,21 +246,21 @@ def test_training_mode_is_put_back_module_by_module(tiny):
     model.train()
     model.model.layers[0].eval()
     before = [module.training for module in model.modules()]
-    HFGenerate(model, tokenizer).generate(PROMPTS, **SETTINGS)
+    HFGenerate(model, tokenizer).generate(PROMPTS, SETTINGS)
     assert [module.training for module in model.modules()] == before
     with pytest.raises(ValueError, match="prompts"):
-        HFGenerate(model, tokenizer).generate(["a", ""], **SETTINGS)
+        HFGenerate(model, tokenizer).generate(["a", ""], SETTINGS)
     assert [module.training for module in model.modules()] == before
 
 
 def test_sampling_inside_autocast_neither_changes_samples_nor_cuts_gradients(tiny):
     model, tokenizer = copy.deepcopy(tiny[0]), tiny[1]
     engine = HFGenerate(model, tokenizer)
-    expected = engine.generate(PROMPTS, **SETTINGS)
+    expected = engine.generate(PROMPTS, SETTINGS)
     ids = torch.tensor([[5, 6, 7, 8]])
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert engine.generate(PROMPTS, **SETTINGS) == expected
-        HFGenerate(model, tokenizer, autocast_dtype=torch.bfloat16).generate(PROMPTS, **SETTINGS)
+        assert engine.generate(PROMPTS, SETTINGS) == expected
+        HFGenerate(model, tokenizer, autocast_dtype=torch.bfloat16).generate(PROMPTS, SETTINGS)
         model(input_ids=ids, labels=ids).loss.backward()
     missing = [name for name, parameter in model.named_parameters() if parameter.grad is None]
     assert missing == []
@@ -285,26 +269,19 @@ def test_sampling_inside_autocast_neither_changes_samples_nor_cuts_gradients(tin
 def test_autocast_logps_are_the_sampler_s(tiny):
     """bfloat16 keeps 8 bits: logits of size 8 are off by up to 0.03, so the two differ, but not by much."""
     model, tokenizer = tiny
-    groups = HFGenerate(model, tokenizer, autocast_dtype=torch.bfloat16).generate(PROMPTS, **SETTINGS)
-    gaps = torch.cat(
-        [
-            gathered(true_logps(model, prompt, c, 0.7), c) - torch.tensor(c.logps)
-            for prompt, group in zip(encode_prompts(tokenizer, PROMPTS), groups)
-            for c in group
-        ]
-    )
-    assert 1e-4 < gaps.abs().mean() < 0.1
+    groups = HFGenerate(model, tokenizer, autocast_dtype=torch.bfloat16).generate(PROMPTS, SETTINGS)
+    gaps = [gap(model, tokenizer, [prompt], [[c]], 0.7) for prompt, group in zip(PROMPTS, groups) for c in group]
+    assert 1e-4 < fmean(gaps) < 0.2
 
 
 def test_no_prompts_no_completions(tiny):
-    assert HFGenerate(*tiny).generate([], **SETTINGS) == []
+    assert HFGenerate(*tiny).generate([], SETTINGS) == []
 
 
 def test_a_prompt_of_one_token(tiny):
     model, tokenizer = tiny
-    group = HFGenerate(model, tokenizer).generate(["a"], **SETTINGS)[0]
-    expected = gathered(true_logps(model, tokenizer("a").input_ids, group[0], 0.7), group[0])
-    torch.testing.assert_close(torch.tensor(group[0].logps, dtype=torch.float64), expected, atol=1e-5, rtol=0)
+    groups = HFGenerate(model, tokenizer).generate(["a"], SETTINGS)
+    assert gap(model, tokenizer, ["a"], groups, 0.7) < 1e-5
 
 
 @pytest.mark.parametrize(
@@ -324,7 +301,7 @@ def test_a_prompt_of_one_token(tiny):
 )
 def test_bad_settings_are_named(tiny, change, name):
     with pytest.raises(ValueError, match=f"^{name}: expected"):
-        HFGenerate(*tiny).generate(PROMPTS, **{**SETTINGS, **change})
+        HFGenerate(*tiny).generate(PROMPTS, replace(SETTINGS, **change))
 
 
 def test_bad_construction_is_named(tiny):
@@ -335,7 +312,7 @@ def test_bad_construction_is_named(tiny):
 
 
 def test_nothing_is_said_about_kept_tokens_where_all_were_kept(tiny):
-    assert {c.kept_ids for group in HFGenerate(*tiny).generate(PROMPTS, **SETTINGS) for c in group} == {()}
+    assert {c.kept_ids for group in HFGenerate(*tiny).generate(PROMPTS, SETTINGS) for c in group} == {()}
 
 
 @pytest.mark.parametrize("asked", [1, 4])  # before the first batch; in the middle of one
@@ -344,10 +321,10 @@ def test_should_stop_ends_generation(tiny, asked):
     calls = iter(range(1, 10**6))
     engine.should_stop = lambda: next(calls) >= asked
     with pytest.raises(GenerationStopped):
-        engine.generate(PROMPTS, **SETTINGS)
+        engine.generate(PROMPTS, SETTINGS)
     assert next(calls) == asked + 1
     engine.should_stop = never
-    assert engine.generate(PROMPTS, **SETTINGS) == HFGenerate(*tiny, stop=()).generate(PROMPTS, **SETTINGS)
+    assert engine.generate(PROMPTS, SETTINGS) == HFGenerate(*tiny, stop=()).generate(PROMPTS, SETTINGS)
 
 
 def test_sync_notes_the_version(tiny):
@@ -365,14 +342,11 @@ def test_smollm2_logps_and_stop():
     """A vocabulary of 49152 and thirty layers; two prompts of different length."""
     model, tokenizer = load_model("smollm2")
     prompts = ["2 * 5 = 10\n9 * 3 = 27\n6 * 7 =", "1 * 1 = 1\n12 * 3 = 36\n2 * 4 ="]
-    settings = {"max_new_tokens": 6, "temperature": 0.6, "seed": 0}
+    settings = SamplingSettings(num_samples=2, max_new_tokens=6, temperature=0.6, seed=0)
     engine = HFGenerate(model, tokenizer)
-    groups = engine.generate(prompts, num_samples=2, **settings)
-    for prompt, group in zip(encode_prompts(tokenizer, prompts), groups):
-        for completion in group:
-            expected = gathered(true_logps(model, prompt, completion, 0.6), completion)
-            torch.testing.assert_close(torch.tensor(completion.logps, dtype=torch.float64), expected, atol=1e-4, rtol=0)
-    best = engine.generate(prompts[1:], num_samples=1, greedy=True, **settings)[0][0]
+    groups = engine.generate(prompts, settings)
+    assert gap(model, tokenizer, prompts, groups, 0.6) < 1e-4
+    best = engine.generate(prompts[1:], replace(settings, num_samples=1, greedy=True))[0][0]
     assert best.text == " 8"
     assert best.finished
     assert tokenizer.decode(best.token_ids[-1:]) == "\n"

@@ -17,25 +17,28 @@ import sys
 import time
 import urllib.request
 from contextlib import suppress
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 
 import pytest
+import sampled
 import torch
 
 from repo_ops.trainer.log import read_metrics
 from repo_ops.trainer.models import load_model
-from repo_ops.trainer.rollout import EngineError, GenerationStopped, encode_prompts, never
-from repo_ops.trainer.rollout.engine_args import ServerSettings
+from repo_ops.trainer.rollout import EngineError, GenerationStopped, SamplingSettings, never
 from repo_ops.trainer.rollout.hf import HFGenerate
-from repo_ops.trainer.rollout.vllm_local import EXTENSION, VLLMInProcess
+from repo_ops.trainer.rollout.load import ServerSettings
+from repo_ops.trainer.rollout.vllm_engine import EXTENSION
+from repo_ops.trainer.rollout.vllm_local import VLLMInProcess
 from repo_ops.trainer.rollout.vllm_server import VLLMServer
 from repo_ops.trainer.rollout.vllm_worker import WeightUpdates
 
 pytestmark = pytest.mark.timeout(3600)
 
 PROMPTS = ["2 * 5 = 10\n9 * 3 = 27\n6 * 7 =", "The", "1 * 1 = 1\n12 * 3 = 36\n2 * 4 =", "The"]
-SETTINGS = {"num_samples": 3, "max_new_tokens": 7, "seed": 5}
+SETTINGS = SamplingSettings(num_samples=3, max_new_tokens=7, temperature=1.0, seed=5)
 TOLERANCE = 1e-3
 RUN = {
     "model": "smollm2", "task": "products", "prompts_per_step": 2, "group_size": 4, "train_size": 2, "heldout_size": 2,
@@ -58,17 +61,8 @@ def smollm2():
 
 def gap(engine, temperature, **settings):
     """Largest distance between the engine's log-probabilities and those of a forward over the whole text."""
-    groups = engine.generate(PROMPTS, **{**SETTINGS, **settings}, temperature=temperature)
-    worst = 0.0
-    for prompt, group in zip(encode_prompts(engine._answers.tokenizer, PROMPTS), groups, strict=True):
-        for c in group:
-            with torch.no_grad():
-                logits = engine.model(torch.tensor([[*prompt, *c.token_ids]])).logits[0, len(prompt) - 1 : -1]
-            logps = torch.log_softmax(logits.double() / temperature, -1)
-            for place, token in enumerate(c.token_ids):
-                kept = logps[place, list(c.kept_ids[place])].logsumexp(0) if c.kept_ids else 0.0
-                worst = max(worst, abs(float(logps[place, token] - kept) - c.logps[place]))
-    return worst
+    groups = engine.generate(PROMPTS, replace(SETTINGS, temperature=temperature, **settings))
+    return sampled.gap(engine.model, engine.tokenizer, PROMPTS, groups, temperature)
 
 
 def command_line(folder, steps, *, ranks=1, **settings):
@@ -245,9 +239,9 @@ def test_the_server_stops_when_asked(server, smollm2):
     before = generated_tokens(server)
     engine.should_stop = lambda: generated_tokens(server) > before
     with pytest.raises(GenerationStopped):
-        engine.generate(PROMPTS, **{**SETTINGS, "num_samples": 16, "max_new_tokens": 200}, temperature=1.0)
+        engine.generate(PROMPTS, replace(SETTINGS, num_samples=16, max_new_tokens=200))
     engine.should_stop = never
-    engine.generate(PROMPTS, **SETTINGS, temperature=1.0)
+    engine.generate(PROMPTS, SETTINGS)
     assert generated_tokens(server) - before < 0.9 * len(PROMPTS) * 16 * 200
 
 
@@ -256,7 +250,7 @@ def test_the_server_s_refusal_is_passed_on(server, smollm2):
     engine.sync(0)
     engine._limits["max_model_len"] = 10**6
     with pytest.raises(EngineError, match=r"status 400: .*256"):
-        engine.generate(PROMPTS, **{**SETTINGS, "max_new_tokens": 300}, temperature=1.0)
+        engine.generate(PROMPTS, replace(SETTINGS, max_new_tokens=300))
 
 
 def test_a_server_without_the_key_refuses(server, smollm2, monkeypatch):
@@ -270,7 +264,7 @@ def test_weights_of_another_run_are_noticed(server, smollm2, say):
     engine.sync(0)
     other.sync(0)
     with pytest.raises(EngineError, match="no longer holds the weights that it was sent after step 0") as failed:
-        engine.generate(PROMPTS, **SETTINGS, temperature=1.0)
+        engine.generate(PROMPTS, SETTINGS)
     say(failed.value)
 
 
@@ -280,14 +274,14 @@ def test_other_weights_on_the_server_end_the_run(server, smollm2, monkeypatch, s
     with torch.no_grad():
         model.model.norm.weight[7] += 1e-3
     engine, other = VLLMServer(*smollm2, settings=server), VLLMServer(model, smollm2[1], settings=server)
-    post = engine._client.post
+    ask = engine._client.ask
 
     def spoiled(path, body, *, timeout):
         if path == "/reset_prefix_cache":
             other.sync(1)
-        return post(path, body, timeout=timeout)
+        return ask(path, body, timeout=timeout)
 
-    monkeypatch.setattr(engine._client, "post", spoiled)
+    monkeypatch.setattr(engine._client, "ask", spoiled)
     with pytest.raises(EngineError, match=r"model\.norm\.weight differs from the policy's") as failed:
         engine.sync(1)
     say(failed.value)
@@ -301,7 +295,7 @@ def test_a_server_that_dies(vllm_serve, smollm2, tmp_path, say):
     engine.should_stop = lambda: bool(end(process))
     gone = r"the server is gone \(.*\); see its log, and start it again"
     with pytest.raises(EngineError, match=gone) as failed:
-        engine.generate(PROMPTS, **SETTINGS, temperature=1.0)
+        engine.generate(PROMPTS, SETTINGS)
     say(failed.value)
     with pytest.raises(EngineError, match=gone):
         engine.sync(1)
@@ -322,7 +316,7 @@ def engine(smollm2):
 
 def test_generate_before_sync_is_refused(engine):
     with pytest.raises(EngineError, match="expected sync"):
-        engine.generate(PROMPTS, **SETTINGS, temperature=1.0)
+        engine.generate(PROMPTS, SETTINGS)
     engine.sync(0)
 
 
@@ -332,8 +326,8 @@ def test_logps_are_those_of_transformers(engine, temperature):
 
 
 def test_the_seed_decides(engine):
-    groups = engine.generate(PROMPTS, **SETTINGS, temperature=1.5)
-    again, other = (engine.generate(PROMPTS, **{**SETTINGS, "seed": s}, temperature=1.5) for s in (5, 6))
+    groups = engine.generate(PROMPTS, replace(SETTINGS, temperature=1.5))
+    again, other = (engine.generate(PROMPTS, replace(SETTINGS, seed=s, temperature=1.5)) for s in (5, 6))
     ids = [[[c.token_ids for c in group] for group in each] for each in (groups, again, other)]
     assert ids[0] == ids[1] != ids[2]
     assert ids[0][1] != ids[0][3]  # equal prompts are not sampled alike
@@ -342,7 +336,7 @@ def test_the_seed_decides(engine):
 
 def test_greedy_and_likely_tokens_are_those_of_transformers(engine, smollm2):
     ours, theirs = (
-        each.generate(PROMPTS, **SETTINGS, temperature=1.0, greedy=True, top_logps=4)
+        each.generate(PROMPTS, replace(SETTINGS, greedy=True, top_logps=4))
         for each in (engine, HFGenerate(engine.model, smollm2[1]))
     )
     for mine, other in zip(chain(*ours), chain(*theirs), strict=True):
@@ -352,11 +346,11 @@ def test_greedy_and_likely_tokens_are_those_of_transformers(engine, smollm2):
 
 
 def test_kept_tokens_are_those_of_transformers(engine, smollm2):
-    settings = {**SETTINGS, "temperature": 1.3, "top_k": 9, "top_p": 0.9}
+    settings = replace(SETTINGS, temperature=1.3, top_k=9, top_p=0.9)
     assert gap(engine, 1.3, top_k=9, top_p=0.9) < TOLERANCE
-    for ours in chain(*engine.generate(PROMPTS, **settings)):
+    for ours in chain(*engine.generate(PROMPTS, settings)):
         assert all(1 <= len(kept) <= 9 and token in kept for token, kept in zip(ours.token_ids, ours.kept_ids))
-    ours, theirs = (each.generate(PROMPTS, **settings) for each in (engine, HFGenerate(engine.model, smollm2[1])))
+    ours, theirs = (each.generate(PROMPTS, settings) for each in (engine, HFGenerate(engine.model, smollm2[1])))
     # the first token has the same predecessors whatever is drawn
     assert [g[0].kept_ids[0] for g in ours] == [g[0].kept_ids[0] for g in theirs]
 
@@ -394,6 +388,6 @@ def test_should_stop(engine):
     asked = iter(range(100))
     engine.should_stop = lambda: next(asked) >= 3
     with pytest.raises(GenerationStopped):
-        engine.generate(PROMPTS, **SETTINGS, temperature=1.0)
+        engine.generate(PROMPTS, SETTINGS)
     engine.should_stop = never
     assert gap(engine, 1.0) < TOLERANCE  # nothing of the broken-off call comes back

@@ -11,7 +11,7 @@ from tiny_runs import prepared
 from repo_ops.trainer.distributed import inside, is_sharded, leave, whole
 from repo_ops.trainer.footprint import Workload, parts_at_peak
 from repo_ops.trainer.loop import train
-from repo_ops.trainer.rollout import GenerationStopped
+from repo_ops.trainer.rollout import GenerationStopped, SamplingSettings
 
 RUNS = {
     "replay": {"steps": 5, "lr": 1e-4, "beta": 0.01, "save_model": True},
@@ -47,24 +47,24 @@ def main():
     kept = ranks.gather(sorted(run.buffer._rings))
     say("each prompt is kept on one rank", all(kept) and len(kept[0]) + len(kept[1]) == len({*kept[0], *kept[1]}) == 8)
 
-    sampling = {"num_samples": 2, "max_new_tokens": 5, "temperature": 1.0, "seed": 3}
+    sampling = SamplingSettings(num_samples=2, max_new_tokens=5, temperature=1.0, seed=3)
     prompts = ["r:abc=", "r:de=", "r:f="]
-    everything = run.engine.generate(prompts, **sampling)
+    everything = run.engine.generate(prompts, sampling)
     say("completions are the same everywhere", ranks.gather(everything)[0] == everything)
     with whole(run.model):  # one rank generates, and generates more, while the other has nothing to do
-        alone = run.engine.engine.generate(prompts, **sampling) if ranks.is_first else None
+        alone = run.engine.engine.generate(prompts, sampling) if ranks.is_first else None
     say("sharing prompts out changes no completion", alone is None or tokens(alone) == tokens(everything))
     say(
         "parameters are split again",
         all(hasattr(p, "placements") for p in run.model.parameters()) and is_sharded(run.model),
     )
-    no_prompt = run.engine.generate([], **sampling)
-    one = run.engine.generate(prompts[:1], **sampling)
+    no_prompt = run.engine.generate([], sampling)
+    one = run.engine.generate(prompts[:1], sampling)
     say("a rank without a prompt", no_prompt == [] and tokens(one) == tokens(everything)[:1])
 
     run.engine.should_stop = lambda: ranks.is_first
     try:
-        run.engine.generate(prompts, **sampling)
+        run.engine.generate(prompts, sampling)
         stopped = False
     except GenerationStopped:
         stopped = True
@@ -72,7 +72,7 @@ def main():
 
     run.engine.should_stop = lambda: False
     try:
-        run.engine.generate([prompts[0], ""], **sampling)  # the second rank's
+        run.engine.generate([prompts[0], ""], sampling)  # the second rank's
         heard = False
     except ValueError as error:
         heard = "expected at least one token" in str(error)

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from repo_ops.trainer.rollout.engine_args import check_engine_args
+from repo_ops.trainer.rollout.load import check_engine_args
 from repo_ops.trainer.trackers import tracker_names
 
 if TYPE_CHECKING:

@@ -23,7 +23,7 @@ from repo_ops.trainer.footprint import (
 )
 from repo_ops.trainer.models import load_shape
 from repo_ops.trainer.rollout import encode_prompts
-from repo_ops.trainer.rollout.engine_args import GPU_MEMORY_UTILIZATION
+from repo_ops.trainer.rollout.load import GPU_MEMORY_UTILIZATION
 from repo_ops.trainer.sources import make_task, open_rewards, open_source
 from repo_ops.trainer.throughput import peak_flops
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from repo_ops.trainer.distributed import Ranks
 from repo_ops.trainer.rewards import Rewards
-from repo_ops.trainer.rollout import RolloutEngine
+from repo_ops.trainer.rollout import RolloutEngine, SamplingSettings
 from repo_ops.trainer.tasks import Example
 
 __all__ = ["bootstrap", "evaluate", "interval", "pass_at_k"]
@@ -148,7 +148,8 @@ def _outcomes(
 ) -> list[list[_Outcome]]:
     """For every example what its completions came to."""
     prompts = [example.prompt for example in examples]
-    groups = engine.generate(prompts, num_samples=num_samples, max_new_tokens=max_new_tokens, **sampling)
+    settings = SamplingSettings(num_samples=num_samples, max_new_tokens=max_new_tokens, **sampling)
+    groups = engine.generate(prompts, settings)
     rows = [(example, completion) for example, group in zip(examples, groups, strict=True) for completion in group]
     scores = ranks.from_first(lambda: rewards.score(rows, max_new_tokens=max_new_tokens))
     deciding = next(iter(scores.parts.values()))

@@ -17,7 +17,7 @@ from repo_ops.trainer.config import TrainConfig
 from repo_ops.trainer.distributed import Ranks
 from repo_ops.trainer.learner import ScoredSequence, reads_top_logps
 from repo_ops.trainer.rewards import Scores, reward_metrics
-from repo_ops.trainer.rollout import Completion, encode_prompts
+from repo_ops.trainer.rollout import Completion, SamplingSettings, encode_prompts
 from repo_ops.trainer.run import Run
 from repo_ops.trainer.tasks import Example
 
@@ -86,8 +86,7 @@ def collect(run: Run, step: int) -> Collected:
         if not examples:
             continue
         started = time.perf_counter()
-        completions = run.engine.generate(
-            [example.prompt for example in examples],
+        settings = SamplingSettings(
             num_samples=config.group_size,
             max_new_tokens=run.max_new_tokens,
             temperature=config.temperature,
@@ -96,6 +95,7 @@ def collect(run: Run, step: int) -> Collected:
             top_logps=config.divergence_top_k if reads_top_logps(run.learner.objective) else 0,
             seed=seed_of(config, step, round_),
         )
+        completions = run.engine.generate([example.prompt for example in examples], settings)
         seconds += time.perf_counter() - started
         rows = [(example, c) for example, group in zip(examples, completions, strict=True) for c in group]
         # once for all ranks: a reward may cost money, or answer differently when it is asked again

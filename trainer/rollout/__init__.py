@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -44,6 +45,46 @@ class Completion:
     """At each token all that it was drawn from, where top_k or top_p cut some off; empty where nothing was."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class SamplingSettings:
+    """How an engine samples."""
+
+    num_samples: int
+    """Completions of each prompt."""
+    max_new_tokens: int
+    """Tokens after which a completion is cut."""
+    temperature: float
+    """Divides the logits (> 0). The log-probabilities are those of the divided logits."""
+    seed: int
+    """Equal seeds give equal completions, as far as the order in which the engine adds numbers up does."""
+    top_k: int = 0
+    """Keep the k most probable tokens; 0 keeps all."""
+    top_p: float = 1.0
+    """Of those keep the fewest most probable ones whose probabilities reach p; 1.0 keeps all. With top_k or top_p the
+    log-probabilities are those of the truncated, renormalised distribution."""
+    greedy: bool = False
+    """Take the most probable token; its log-probability is still that of the softmax at `temperature`."""
+    top_logps: int = 0
+    """K most probable tokens to report at each place; those that top_k or top_p cut off have -inf. 0 reports none."""
+
+    def check(self, num_tokens: int) -> None:
+        """Raises ValueError for a setting out of range; num_tokens: size of the vocabulary."""
+        rules = {
+            "num_samples": (self.num_samples >= 1, "at least 1"),
+            "max_new_tokens": (self.max_new_tokens >= 1, "at least 1"),
+            "temperature": (0 < self.temperature < math.inf, "a finite number > 0 (greedy=True takes the argmax)"),
+            "top_k": (self.top_k >= 0, "0 (all tokens) or more"),
+            "top_p": (0 < self.top_p <= 1, "a number in (0, 1] (1.0 keeps all tokens)"),
+            "top_logps": (
+                0 <= self.top_logps <= num_tokens,
+                f"0 to the vocabulary's {num_tokens} (--divergence_top_k)",
+            ),
+        }
+        for name, (holds, expected) in rules.items():
+            if not holds:
+                raise ValueError(f"{name}: expected {expected}, got {getattr(self, name)}")
+
+
 class RolloutEngine(Protocol):
     """Anything that samples completions and can be told that the policy's weights have moved on."""
 
@@ -58,22 +99,13 @@ class RolloutEngine(Protocol):
         """Raises EngineError where the engine has no room for one of them and a completion."""
         ...
 
-    def generate(
-        self,
-        prompts: list[str],
-        *,
-        num_samples: int,
-        max_new_tokens: int,
-        temperature: float,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        greedy: bool = False,
-        top_logps: int = 0,
-        seed: int,
-    ) -> list[list[Completion]]:
-        """`num_samples` completions of each prompt, in the order of the prompts. The same seed gives the same ones.
+    def generate(self, prompts: list[str], settings: SamplingSettings) -> list[list[Completion]]:
+        """`settings.num_samples` completions of each prompt, in the order of the prompts.
 
-        With top_logps = K > 0 each completion also reports `top_ids` and `top_logps`.
+        Raises:
+            ValueError: a setting out of range or that the engine cannot follow exactly, or a prompt without tokens.
+            EngineError: what was sampled cannot be used.
+            GenerationStopped: `should_stop` came true.
         """
         ...
 
@@ -112,9 +144,7 @@ def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -
     Raises:
         ValueError: a prompt has no tokens, so there is no position to predict the first completion token from.
     """
-    if not prompts:
-        return []
-    encoded = tokenizer(list(prompts)).input_ids
+    encoded = tokenizer(list(prompts)).input_ids if prompts else []
     for i, ids in enumerate(encoded):
         if not ids:
             raise ValueError(f"prompts[{i}]: expected at least one token, got {prompts[i]!r}; start it with some text")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -13,12 +13,13 @@ from repo_ops.trainer.rollout import (
     Completion,
     EngineError,
     GenerationStopped,
+    SamplingSettings,
     decode_completion,
     encode_prompts,
     never,
     prompt_seeds,
 )
-from repo_ops.trainer.rollout.sampler import Sampler, ShareEnded, check_sampling
+from repo_ops.trainer.rollout.sampler import Sampler, ShareEnded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -68,6 +69,8 @@ class HFGenerate:
         self.version = 0
         self.should_stop: Callable[[], bool] = never
         self._stop_ids = stop_token_ids(model, tokenizer, self.stop)
+        # any id serves: the mask hides it in the prompt, and what follows a terminator is cut off
+        self._pad_id = int(self._stop_ids[0]) if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
     def describe(self) -> str:
         """What samples, and in which dtype."""
@@ -83,52 +86,26 @@ class HFGenerate:
         """Notes the version: the weights are shared, so they are the policy's already."""
         self.version = version
 
-    def generate(
-        self,
-        prompts: list[str],
-        *,
-        num_samples: int,
-        max_new_tokens: int,
-        temperature: float,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        greedy: bool = False,
-        top_logps: int = 0,
-        seed: int,
-    ) -> list[list[Completion]]:
-        """`num_samples` completions of each prompt, in the order of the prompts.
+    def generate(self, prompts: list[str], settings: SamplingSettings) -> list[list[Completion]]:
+        """`settings.num_samples` completions of each prompt, in the order of the prompts.
 
-        Each sequence draws from its own row of numbers, made from `seed` and its prompt before the first token:
+        Each sequence draws from its own row of numbers, made from the seed and its prompt before the first token:
         completions do not depend on the other prompts or the batch size (beyond rounding), and the global random state
         is neither read nor moved.
 
-        Args:
-            temperature: divides the logits (> 0). The log-probabilities are those of the divided logits.
-            top_k: keep the k most probable tokens; 0 keeps all.
-            top_p: keep the fewest most probable tokens whose probabilities reach p; 1.0 keeps all. With top_k or top_p
-                the log-probabilities are those of the truncated, renormalised distribution.
-            greedy: take the most probable token; its log-probability is still that of the softmax at `temperature`.
-            top_logps: K most probable tokens to report at each place, with their log-probabilities; 0 reports none.
-                With top_k or top_p those that could not be drawn have -inf.
         Raises:
-            ValueError: an argument out of range, or a prompt without tokens.
-            EngineError: the model's logits are not finite.
-            GenerationStopped: `should_stop` came true.
+            ValueError, EngineError, GenerationStopped: as RolloutEngine; EngineError where logits are not finite.
         """
-        check_sampling(num_samples, max_new_tokens, temperature, top_k, top_p)
-        num_tokens = self.model.config.get_text_config().vocab_size
-        if not 0 <= top_logps <= num_tokens:
-            raise ValueError(f"top_logps: expected from 0 to the vocabulary's {num_tokens}, got {top_logps}")
+        settings.check(self.model.config.get_text_config().vocab_size)
+        num_samples = settings.num_samples
         encoded = encode_prompts(self.tokenizer, prompts)
         owners = [i for i in range(len(prompts)) for _ in range(num_samples)]
-        drawn = [torch.Generator().manual_seed(each) for each in prompt_seeds(prompts, seed)]
-        shape = num_samples, max_new_tokens
-        uniforms = torch.cat(
-            [torch.empty(0, max_new_tokens, dtype=torch.float64)]
-            + [torch.rand(shape, dtype=torch.float64, generator=generator) for generator in drawn]
-        )
+        uniforms = torch.empty(len(prompts), num_samples, settings.max_new_tokens, dtype=torch.float64)
+        for row, seed in zip(uniforms, prompt_seeds(prompts, settings.seed)):
+            row.uniform_(generator=torch.Generator().manual_seed(seed))
+        uniforms = uniforms.flatten(0, 1)
         order = sorted(range(len(owners)), key=lambda row: len(encoded[owners[row]]))
-        sampler = Sampler(temperature=temperature, top_k=top_k, top_p=top_p, greedy=greedy, num_top=top_logps)
+        sampler = Sampler(settings)
         completions: dict[int, Completion] = {}
         with _sampling_mode(self.model, self.autocast_dtype):
             for start in range(0, len(order), self.max_batch_size):
@@ -136,15 +113,15 @@ class HFGenerate:
                     raise GenerationStopped
                 rows = order[start : start + self.max_batch_size]
                 sampler.begin(uniforms[rows].to(self.model.device))
-                self._generate_batch([encoded[owners[row]] for row in rows], sampler, max_new_tokens)
+                self._generate_batch([encoded[owners[row]] for row in rows], sampler)
                 if not sampler.all_finite():
                     raise EngineError(NOT_FINITE)
                 completions.update(zip(rows, self._completions(sampler)))
         return [[completions[i * num_samples + j] for j in range(num_samples)] for i in range(len(prompts))]
 
-    def _generate_batch(self, prompts: list[list[int]], sampler: Sampler, max_new_tokens: int) -> None:
+    def _generate_batch(self, prompts: list[list[int]], sampler: Sampler) -> None:
         """Leaves the sampled tokens [B, max_new_tokens] and their log-probabilities in the sampler."""
-        from transformers import DynamicCache
+        from transformers import DynamicCache, GenerationConfig
 
         distinct, copies = _distinct(prompts)
         ids, mask = _left_pad(distinct, self._pad_id, self.model.device)
@@ -161,7 +138,7 @@ class HFGenerate:
         copies = copies.to(ids.device)
         cache.batch_select_indices(copies)
         ids, mask = ids[copies], mask[copies]
-        limit = ids.shape[1] + max_new_tokens
+        limit = ids.shape[1] + sampler.settings.max_new_tokens
         sampler.prompt_width = ids.shape[1]
         new = sampler.draw(ids, logits[copies])[:, None]
         while True:
@@ -181,7 +158,14 @@ class HFGenerate:
                 past_key_values=cache,
                 logits_processor=[sampler],
                 stopping_criteria=[ShareEnded(self._is_stop, DROP_AT, self.should_stop)],
-                generation_config=self._generation_config(limit - ids.shape[1]),
+                # do_sample=False: the sampler leaves one finite score in a row, the token that it drew
+                generation_config=GenerationConfig(
+                    max_new_tokens=limit - ids.shape[1],
+                    do_sample=False,
+                    use_cache=True,
+                    pad_token_id=self._pad_id,
+                    eos_token_id=self._stop_ids.tolist(),
+                ),
                 # a sharded model is whole here, and each rank stops when its own sequences have ended
                 synced_gpus=False,
             )[:, ids.shape[1] :]
@@ -189,36 +173,18 @@ class HFGenerate:
     def _is_stop(self, token_ids: Tensor) -> Tensor:
         return torch.isin(token_ids, self._stop_ids.to(token_ids.device))
 
-    def _generation_config(self, max_new_tokens: int) -> Any:
-        from transformers import GenerationConfig
-
-        # do_sample=False: the sampler leaves one finite score in a row, the token that it drew
-        return GenerationConfig(
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            use_cache=True,
-            pad_token_id=self._pad_id,
-            eos_token_id=self._stop_ids.tolist(),
-        )
-
-    @property
-    def _pad_id(self) -> int:
-        # any id serves: the mask hides it in the prompt, and what follows a terminator is cut off
-        return self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else int(self._stop_ids[0])
-
     def _completions(self, sampler: Sampler) -> list[Completion]:
-        stops = self._is_stop(sampler.token_ids).tolist()
         out = []
-        top = zip(sampler.top_ids.tolist(), sampler.top_logps.tolist())
-        drawn = zip(sampler.token_ids.tolist(), sampler.logps.tolist(), stops)
-        for (tokens, logps, is_stop), top_of_row, kept in zip(drawn, top, sampler.kept_ids):
+        rows = (sampler.token_ids, sampler.logps, self._is_stop(sampler.token_ids), sampler.top_ids, sampler.top_logps)
+        for *row, kept in zip(*(tensor.tolist() for tensor in rows), sampler.kept_ids):
+            is_stop = row[2]
             finished = True in is_stop
-            length = is_stop.index(True) + 1 if finished else len(tokens)
-            text = decode_completion(self.tokenizer, tokens[:length], self.stop)
-            top_ids, top_logps = (tuple(map(tuple, x[:length])) if sampler.num_top else () for x in top_of_row)
+            length = is_stop.index(True) + 1 if finished else len(is_stop)
+            tokens, logps, _, *top = (tuple(each[:length]) for each in row)
+            text = decode_completion(self.tokenizer, tokens, self.stop)
+            top_ids, top_logps = (tuple(map(tuple, each)) if sampler.settings.top_logps else () for each in top)
             kept_ids = tuple(kept[step] for step in range(length)) if kept else ()
-            drawn_tokens = tuple(tokens[:length]), tuple(logps[:length])
-            out.append(Completion(*drawn_tokens, text, finished, top_ids, top_logps, kept_ids))
+            out.append(Completion(tokens, logps, text, finished, top_ids, top_logps, kept_ids))
         return out
 
 

@@ -19,18 +19,14 @@ POLL_SECONDS = 0.2
 BUSY = frozenset({429, 502, 503, 504})
 
 
-class ServerGone(EngineError):  # noqa: N818
-    """No connection, or it broke off: another try may help."""
+class RequestError(EngineError):
+    """No answer that can be used.
 
+    Attributes:
+        status: of the server's answer; None where there was no connection, or it broke off.
+    """
 
-class ServerSlow(EngineError):  # noqa: N818
-    """The answer did not come in time. The request is not sent again: it would only add to the server's load."""
-
-
-class ServerRefused(EngineError):  # noqa: N818
-    """The server answered, with an error."""
-
-    def __init__(self, message: str, status: int = 0) -> None:
+    def __init__(self, message: str, status: int | None = None) -> None:
         super().__init__(message)
         self.status = status
 
@@ -43,35 +39,36 @@ class JsonClient:
         retries: how often a request is sent again where the server was gone or busy, after 1, 2, 4... seconds.
         token: sent as a bearer token, if any.
         connections: most requests under way at a time.
-    Raises:
-        ValueError: the url is none.
     """
 
-    def __init__(self, url: str, *, retries: int = 3, token: str | None = None, connections: int = 64) -> None:
-        parts = urllib.parse.urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ValueError(f"url: expected http://host:port, got {url!r}")
+    def __init__(self, url: str, *, retries: int, token: str | None, connections: int) -> None:
         self.url = url.rstrip("/")
         self.retries = retries
         self.connections = connections
-        self._parts = parts
+        self._parts = urllib.parse.urlsplit(self.url)
         self._headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {token}"} if token else {})
         self._open: set[http.client.HTTPConnection] = set()
         self._closing = threading.Event()
 
-    def get(self, path: str, *, timeout: float) -> Any:
-        """The JSON at `path`, or None where the answer is empty; `timeout` in seconds."""
-        return self._patiently("GET", path, None, timeout)
+    def ask(self, path: str, body: Any = None, *, timeout: float) -> Any:
+        """The server's JSON answer, or None where it is empty: to a GET, or where there is a body to a POST of it.
 
-    def post(self, path: str, body: Any, *, timeout: float) -> Any:
-        """The server's JSON answer to `body`, or None where it is empty; `timeout` in seconds.
-
+        Args:
+            timeout: in seconds. A request that was too slow is not sent again: it would only add to the server's load.
         Raises:
-            ServerGone, ServerSlow, ServerRefused: all of them EngineError.
+            RequestError: no connection, or the server answered with an error, on the last try too.
+            EngineError: no answer in time, or one that is no JSON.
         """
-        return self._patiently("POST", path, body, timeout)
+        for attempt in range(self.retries + 1):
+            try:
+                return self._once(path, body, timeout)
+            except RequestError as error:
+                lasting = error.status is not None and error.status not in BUSY
+                if lasting or attempt == self.retries or self._closing.wait(2.0**attempt):
+                    raise
+        raise AssertionError
 
-    def post_all(
+    def ask_all(
         self, path: str, bodies: Sequence[Any], *, timeout: float, should_stop: Callable[[], bool]
     ) -> list[Any]:
         """Answers to all bodies, sent at the same time. The first failure, or a stop, breaks off the others.
@@ -79,11 +76,11 @@ class JsonClient:
         vLLM drops a request whose connection is closed.
 
         Raises:
-            EngineError: as `post`. GenerationStopped: should_stop came true.
+            EngineError: as `ask`. GenerationStopped: should_stop came true.
         """
         pool = ThreadPoolExecutor(max_workers=max(1, min(len(bodies), self.connections)))
         try:
-            answers = [pool.submit(self.post, path, body, timeout=timeout) for body in bodies]
+            answers = [pool.submit(self.ask, path, body, timeout=timeout) for body in bodies]
             pending: set[Future[Any]] = set(answers)
             while pending:
                 if should_stop():
@@ -95,21 +92,13 @@ class JsonClient:
         finally:
             self._closing.set()
             for connection in list(self._open):
-                self._break(connection)
+                with suppress(OSError, AttributeError):
+                    connection.sock.shutdown(2)  # wakes the thread that reads from it
             pool.shutdown(wait=True, cancel_futures=True)
             self._closing.clear()
 
-    def _patiently(self, method: str, path: str, body: Any, timeout: float) -> Any:
-        for attempt in range(self.retries + 1):
-            try:
-                return self._once(method, path, body, timeout)
-            except (ServerGone, ServerRefused) as error:
-                lasting = isinstance(error, ServerRefused) and error.status not in BUSY
-                if lasting or attempt == self.retries or self._closing.wait(2.0**attempt):
-                    raise
-        raise AssertionError
-
-    def _once(self, method: str, path: str, body: Any, timeout: float) -> Any:
+    def _once(self, path: str, body: Any, timeout: float) -> Any:
+        method, data = ("GET", None) if body is None else ("POST", json.dumps(body).encode())
         where = f"engine: {method} {self.url}{path}"
         kind = http.client.HTTPSConnection if self._parts.scheme == "https" else http.client.HTTPConnection
         connection = kind(str(self._parts.hostname), self._parts.port, timeout=min(CONNECT_SECONDS, timeout))
@@ -117,37 +106,31 @@ class JsonClient:
         try:
             connection.connect()
             if self._closing.is_set():
-                raise ServerGone(f"{where}: broken off")
+                raise RequestError(f"{where}: broken off")
             connection.sock.settimeout(timeout)
-            data = None if body is None else json.dumps(body).encode()
-            connection.request(method, self._parts.path.rstrip("/") + path, data, self._headers)
+            connection.request(method, self._parts.path + path, data, self._headers)
             answer = connection.getresponse()
             content = answer.read()
         except TimeoutError as error:
             if connection.sock is None:
-                raise ServerGone(f"{where}: no connection within {CONNECT_SECONDS:.0f} s; is the host up?") from error
-            raise ServerSlow(
+                raise RequestError(f"{where}: no connection within {CONNECT_SECONDS:.0f} s; is the host up?") from error
+            raise EngineError(
                 f"{where}: no answer within {timeout:g} s; the server is too slow or hangs, see its log, or raise "
-                "engine_args.timeout (for weights sync_timeout)"
+                "--engine_args.timeout (for weights sync_timeout)"
             ) from error
         except (OSError, http.client.HTTPException) as error:
             reason = str(error) or type(error).__name__
-            raise ServerGone(f"{where}: the server is gone ({reason}); see its log, and start it again") from error
+            raise RequestError(f"{where}: the server is gone ({reason}); see its log, and start it again") from error
         finally:
             self._open.discard(connection)
             connection.close()
         text = content.decode(errors="replace")
         if answer.status != 200:
-            raise ServerRefused(f"{where}: status {answer.status}: {_message(text)}", answer.status)
+            raise RequestError(f"{where}: status {answer.status}: {_message(text)}", answer.status)
         try:
             return json.loads(text) if text.strip() else None
         except ValueError as error:
             raise EngineError(f"{where}: expected JSON, got {text[:80]!r}") from error
-
-    @staticmethod
-    def _break(connection: http.client.HTTPConnection) -> None:
-        with suppress(OSError, AttributeError):
-            connection.sock.shutdown(2)  # wakes the thread that reads from it
 
 
 def _message(text: str) -> str:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any
+from contextlib import nullcontext
+from typing import TYPE_CHECKING
 
 from repo_ops.trainer.distributed import Ranks, whole
-from repo_ops.trainer.rollout import Completion, EngineError, GenerationStopped, RolloutEngine
+from repo_ops.trainer.rollout import Completion, EngineError, GenerationStopped, RolloutEngine, SamplingSettings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -50,29 +50,27 @@ class OverRanks:
         """Every rank's engine gets the policy of step `version`."""
         self.engine.sync(version)
 
-    def generate(self, prompts: list[str], **sampling: Any) -> list[list[Completion]]:
-        """The completions of each prompt, in the order of the prompts; arguments as of the engine.
+    def generate(self, prompts: list[str], settings: SamplingSettings) -> list[list[Completion]]:
+        """The completions of each prompt, in the order of the prompts.
 
         Raises:
             GenerationStopped: on all ranks, where `should_stop` came true on any.
             EngineError, ValueError: on all ranks, where an engine failed on any, or refused what it was asked for.
         """
         found: list[list[Completion]] | None = None
-        gathered: AbstractContextManager[None] = (
-            nullcontext() if self.samples_from is None else whole(self.samples_from)
-        )
         failed: Exception | None = None
-        with gathered:  # whatever happens here, the others wait for this rank
-            try:
-                found = self.engine.generate(list(self.ranks.slice(prompts)), **sampling)
+        with nullcontext() if self.samples_from is None else whole(self.samples_from):
+            try:  # whatever happens here, the others wait for this rank
+                found = self.engine.generate(list(self.ranks.slice(prompts)), settings)
             except GenerationStopped:
                 pass
             except (EngineError, ValueError) as error:
                 failed = error
-        for error_of_rank in self.ranks.gather(failed):
+        outcomes = self.ranks.gather((found, failed))
+        for _, error_of_rank in outcomes:
             if error_of_rank is not None:
                 raise error_of_rank
-        parts = self.ranks.gather(found)
-        if any(part is None for part in parts):
+        parts = [part for part, _ in outcomes if part is not None]
+        if len(parts) < len(outcomes):
             raise GenerationStopped
-        return [group for part in parts for group in part or ()]
+        return [group for part in parts for group in part]

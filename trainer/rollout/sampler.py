@@ -10,21 +10,7 @@ from torch import Tensor
 from transformers import LogitsProcessor, StoppingCriteria
 
 from repo_ops.terms.divergence import support_ids
-from repo_ops.trainer.rollout import GenerationStopped
-
-
-def check_sampling(num_samples: int, max_new_tokens: int, temperature: float, top_k: int, top_p: float) -> None:
-    """Raises ValueError where a sampling setting is out of range."""
-    if num_samples < 1:
-        raise ValueError(f"num_samples: expected at least 1, got {num_samples}")
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens: expected at least 1, got {max_new_tokens}")
-    if not 0 < temperature < float("inf"):
-        raise ValueError(f"temperature: expected a finite number > 0, got {temperature}; for argmax pass greedy=True")
-    if top_k < 0:
-        raise ValueError(f"top_k: expected 0 (all tokens) or more, got {top_k}")
-    if not 0 < top_p <= 1:
-        raise ValueError(f"top_p: expected in (0, 1], got {top_p}; 1.0 keeps all tokens")
+from repo_ops.trainer.rollout import GenerationStopped, SamplingSettings
 
 
 class Sampler(LogitsProcessor):
@@ -34,22 +20,16 @@ class Sampler(LogitsProcessor):
     the log-probability is at hand at once, and nothing of size [B, V] outlives the step.
     """
 
-    def __init__(
-        self, *, temperature: float, top_k: int = 0, top_p: float = 1.0, greedy: bool = False, num_top: int = 0
-    ) -> None:
-        self.temperature = temperature
-        self.top_k = top_k
-        self.top_p = top_p
-        self.greedy = greedy
-        self.num_top = num_top
+    def __init__(self, settings: SamplingSettings) -> None:
+        self.settings = settings
 
     def begin(self, uniforms: Tensor) -> None:
         """Starts a batch. uniforms: [B, steps] float64 in [0, 1)."""
         self.uniforms = uniforms
         self.token_ids = torch.zeros(uniforms.shape, dtype=torch.long, device=uniforms.device)
         self.logps = torch.zeros(uniforms.shape, dtype=torch.float32, device=uniforms.device)
-        self.top_ids = self.token_ids.new_zeros(*uniforms.shape, self.num_top)
-        self.top_logps = self.logps.new_zeros(*uniforms.shape, self.num_top)
+        self.top_ids = self.token_ids.new_zeros(*uniforms.shape, self.settings.top_logps)
+        self.top_logps = self.logps.new_zeros(*uniforms.shape, self.settings.top_logps)
         # which tokens the draw was among, by row and step; there is nothing to say where it was all of them
         self.kept_ids: list[dict[int, tuple[int, ...]]] = [{} for _ in range(len(uniforms))]
         self.rows = torch.arange(len(uniforms), device=uniforms.device)
@@ -66,20 +46,17 @@ class Sampler(LogitsProcessor):
     def draw(self, input_ids: Tensor, logits: Tensor) -> Tensor:
         """The next token [B] after input_ids [B, T], from logits [B, V]."""
         # the step follows from the length: generate may compute a step again, or one too many, and drop it
-        step = input_ids.shape[1] - self.prompt_width
-        logps = torch.log_softmax(logits.float() / self.temperature, dim=-1)
-        if self.top_k or self.top_p < 1.0:
-            logps = truncated(logps, self.top_k, self.top_p)
+        step, settings = input_ids.shape[1] - self.prompt_width, self.settings
+        logps = torch.log_softmax(logits.float() / settings.temperature, dim=-1)
+        if settings.top_k or settings.top_p < 1.0:
+            logps = truncated(logps, settings.top_k, settings.top_p)
             for row, kept in zip(self.rows.tolist(), logps.isfinite()):
                 self.kept_ids[row][step] = tuple(kept.nonzero().squeeze(1).tolist())
-        if self.greedy:
-            chosen = logps.argmax(-1)
-        else:
-            chosen = inverse_cdf(logps, self.uniforms[self.rows, step])
+        chosen = logps.argmax(-1) if settings.greedy else inverse_cdf(logps, self.uniforms[self.rows, step])
         self.token_ids[self.rows, step] = chosen
         self.logps[self.rows, step] = logps.gather(1, chosen[:, None]).squeeze(1)
-        if self.num_top:
-            top = support_ids(logps.topk(self.num_top).indices, chosen)
+        if settings.top_logps:
+            top = support_ids(logps.topk(settings.top_logps).indices, chosen)
             self.top_ids[self.rows, step] = top
             self.top_logps[self.rows, step] = logps.gather(1, top)
         return chosen

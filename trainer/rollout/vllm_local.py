@@ -3,31 +3,28 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from repo_ops.trainer.rollout import Completion, EngineError, GenerationStopped, never
-from repo_ops.trainer.rollout.engine_args import GPU_MEMORY_UTILIZATION, check_engine_args, require_known
-from repo_ops.trainer.rollout.vllm_answer import Answers, Drawn, Request, check_settings, in_words
+from repo_ops.trainer.rollout import EngineError, GenerationStopped
+from repo_ops.trainer.rollout.load import GPU_MEMORY_UTILIZATION, check_engine_args, require_known
+from repo_ops.trainer.rollout.vllm_engine import EXTENSION, Drawn, VLLMEngine
 from repo_ops.trainer.rollout.weights import Digest, compare_weights, full_weights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-EXTENSION = "repo_ops.trainer.rollout.vllm_worker.WeightUpdates"
 INSTALL = "pip install 'repo-ops[vllm]'"
 
 
-class VLLMInProcess:
+class VLLMInProcess(VLLMEngine):
     """Samples completions with a `vllm.LLM` of its own on this rank's device.
 
     Args:
-        model: the policy; what `sync` sends.
-        tokenizer: its tokenizer.
-        stop: single characters, as for `HFGenerate`.
+        model, tokenizer, stop: as for VLLMEngine.
         source: folder or hub id that vLLM reads the architecture from; its weights are replaced by the first `sync`.
         dtype: vLLM computes in it.
         llm_args: more arguments of `vllm.LLM`, for example gpu_memory_utilization (0.3 if left out: the policy needs
@@ -48,29 +45,12 @@ class VLLMInProcess:
         dtype: str,
         **llm_args: Any,
     ) -> None:
-        self.model = model
-        self.version: int | None = None
-        self.should_stop: Callable[[], bool] = never
-        self._answers = Answers(model, tokenizer, stop)
+        super().__init__(model, tokenizer, stop)
         self._llm = _start({"gpu_memory_utilization": GPU_MEMORY_UTILIZATION, "dtype": dtype, **llm_args}, source)
-        self._limits = check_settings(self._rpc("repo_ops_settings"), self._answers.num_tokens, "")
-
-    def describe(self) -> str:
-        """What samples: version, dtype, room."""
-        import vllm
-
-        return f"vLLM {vllm.__version__} in this process, {in_words(self._limits)}"
-
-    def check_prompts(self, prompts: Sequence[str], *, max_new_tokens: int) -> None:
-        """Raises EngineError where one of them is too long to be completed."""
-        self._answers.encode(prompts, max_new_tokens, self._limits)
+        self._take_limits(self._rpc("repo_ops_settings")[0], "")
 
     def sync(self, version: int) -> None:
-        """Hands the policy's weights over, forgets the prefixes that older ones computed, and compares both sides.
-
-        Raises:
-            EngineError: vLLM refused them, or holds others afterwards.
-        """
+        """As VLLMEngine says."""
         sent: dict[str, Digest] = {}
         weights: Iterable[tuple[str, Tensor]] = self._to_send(sent)
         if self._llm.llm_engine.vllm_config.parallel_config.world_size > 1:
@@ -81,53 +61,18 @@ class VLLMInProcess:
         compare_weights(sent, self._rpc("repo_ops_digests"))
         self.version = version
 
-    def generate(
-        self,
-        prompts: list[str],
-        *,
-        num_samples: int,
-        max_new_tokens: int,
-        temperature: float,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        greedy: bool = False,
-        top_logps: int = 0,
-        seed: int,
-    ) -> list[list[Completion]]:
-        """`num_samples` completions of each prompt, in the order of the prompts; the arguments are those of HFGenerate.
+    def _where(self) -> str:
+        import vllm
 
-        The same seed gives the same completions, as far as the order in which vLLM adds numbers up does.
+        return f"{vllm.__version__} in this process"
 
-        Raises:
-            ValueError: an argument out of range, top_p without top_k, or greedy at another temperature than 1.
-            EngineError: `sync` was not called yet, or vLLM answers what was not asked for.
-            GenerationStopped: `should_stop` came true.
-        """
-        if self.version is None:
-            raise EngineError("engine: expected sync(version) before the first generate; vLLM holds other weights")
-        request = self._answers.request(
-            prompts,
-            num_samples=num_samples,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            greedy=greedy,
-            top_logps=top_logps,
-            seed=seed,
-            limits=self._limits,
-        )
-        return [self._answers.group(request, samples) for samples in self._run(request)]
-
-    def _run(self, request: Request) -> list[list[list[Drawn]]]:
-        """Samples of each prompt."""
+    def _run(self, prompts: list[list[int]], seeds: list[int], arguments: dict[str, Any]) -> list[list[list[Drawn]]]:
         from vllm import SamplingParams
 
         engine = self._llm.llm_engine
-        settings = {**request.sampling, "stop_token_ids": self._answers.stop_ids, "detokenize": False}
         ids = self._llm.enqueue(
-            [{"prompt_token_ids": prompt} for prompt in request.prompts],
-            [SamplingParams(**settings, seed=seed) for seed in request.seeds],
+            [{"prompt_token_ids": prompt} for prompt in prompts],
+            [SamplingParams(**arguments, detokenize=False, seed=seed) for seed in seeds],
             use_tqdm=False,
         )
         outputs = []
@@ -164,7 +109,7 @@ def _start(llm_args: dict[str, Any], source: str) -> Any:
         from vllm.engine.arg_utils import EngineArgs
     except ModuleNotFoundError as error:
         raise ImportError(f"engine 'vllm': expected the package vllm ({error}); {INSTALL}") from error
-    require_known(list(llm_args), list(EngineArgs.__dataclass_fields__))
+    require_known(llm_args, list(EngineArgs.__dataclass_fields__))
     set_num_threads = torch.set_num_threads
     try:
         return vllm.LLM(
@@ -184,6 +129,6 @@ def _drawn(sample: Any) -> list[Drawn]:
     if sample.logprobs is None or len(sample.logprobs) != len(sample.token_ids):
         raise EngineError("engine: expected log-probabilities for every token, got fewer from vLLM")
     return [
-        Drawn(token, place[token].logprob, tuple((i, each.logprob) for i, each in place.items()))
+        Drawn(token, place[token].logprob, {i: each.logprob for i, each in place.items()})
         for token, place in zip(sample.token_ids, sample.logprobs)
     ]

@@ -46,9 +46,9 @@ class WeightUpdates:
             if hasattr(module, "cpu_linear") and module.weight.numel():
                 module.quant_method.process_weights_after_loading(module)
 
-    def repo_ops_load_folder(self, path: str) -> dict[str, tuple[int, str, int]]:
+    def repo_ops_load_folder(self, path: str) -> dict[str, tuple[Any, ...]]:
         """Takes over the weights of all safetensors files in a folder; the digest of each, as it was read."""
-        read: dict[str, tuple[int, str, int]] = {}
+        read: dict[str, tuple[Any, ...]] = {}
         self.repo_ops_folder = ""
         self.repo_ops_load(_read(Path(path), read))
         self.repo_ops_folder = path
@@ -62,12 +62,12 @@ class WeightUpdates:
         """Digest of every parameter that this worker holds, and which of a checkpoint's modules vLLM puts into one."""
         model = self.model_runner.get_model()
         return {
-            "parameters": {name: _plain(Digest.of(tensor.data)) for name, tensor in model.named_parameters()},
+            "parameters": {name: tuple(Digest.of(tensor.data)) for name, tensor in model.named_parameters()},
             "packed": {name: list(parts) for name, parts in getattr(model, "packed_modules_mapping", {}).items()},
         }
 
 
-def _read(folder: Path, read: dict[str, tuple[int, str, int]]) -> Iterator[tuple[str, Tensor]]:
+def _read(folder: Path, read: dict[str, tuple[Any, ...]]) -> Iterator[tuple[str, Tensor]]:
     from safetensors import safe_open
 
     files = sorted(folder.glob("*.safetensors"))
@@ -77,9 +77,5 @@ def _read(folder: Path, read: dict[str, tuple[int, str, int]]) -> Iterator[tuple
         with safe_open(file, framework="pt") as opened:
             for name in opened.keys():  # noqa: SIM118 - not a dict
                 tensor = opened.get_tensor(name)
-                read[name] = _plain(Digest.of(tensor))
+                read[name] = tuple(Digest.of(tensor))
                 yield name, tensor
-
-
-def _plain(digest: Digest) -> tuple[int, str, int]:
-    return digest.numel, digest.dtype, digest.bits

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,8 +19,7 @@ BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 WRAPPERS = ("_checkpoint_wrapped_module.", "_orig_mod.")
 
 
-@dataclass(frozen=True)
-class Digest:
+class Digest(NamedTuple):
     """What two copies of a tensor must agree in."""
 
     numel: int
@@ -84,8 +82,8 @@ def compare_weights(sent: Mapping[str, Digest], workers: Sequence[Mapping[str, A
     fused = {name: parts for worker in workers for name, parts in worker["packed"].items()}
     held: dict[str, list[Digest]] = {}
     for worker in workers:
-        for name, (numel, dtype, bits) in worker["parameters"].items():
-            held.setdefault(name, []).append(Digest(int(numel), dtype, int(bits)))
+        for name, digest in worker["parameters"].items():
+            held.setdefault(name, []).append(Digest(*digest))
     equal = 0
     for name, copies in held.items():
         expected = _expected(name, sent, fused)
@@ -133,5 +131,6 @@ def _merged(weight: Tensor, layer: Any) -> Tensor:
     wide = weight.double() if weight.element_size() == 8 else weight.float()
     for adapter, scaling in layer.scaling.items():
         a, b = (_whole(factors[adapter].weight.detach()).to(wide.dtype) for factors in (layer.lora_A, layer.lora_B))
-        wide = wide + scaling * (b @ a)
+        added = scaling * (b @ a)
+        wide = wide + (added.T if layer.fan_in_fan_out else added)
     return wide.to(weight.dtype)
