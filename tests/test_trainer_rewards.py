@@ -14,9 +14,8 @@ import pytest
 import torch
 
 from repo_ops.trainer.rewards import Rewards, exact_match, load_reward, reward_metrics, score
-from repo_ops.trainer.rewards.answers import number_match, prefix_match, soft_overlong
+from repo_ops.trainer.rewards.answers import MathVerify, number_match, prefix_match, soft_overlong
 from repo_ops.trainer.rewards.child import ChildLost
-from repo_ops.trainer.rewards.math_answers import MathVerify
 from repo_ops.trainer.rewards.score import missing_columns
 from repo_ops.trainer.rollout import Completion
 from repo_ops.trainer.tasks import Example
@@ -256,7 +255,7 @@ def test_a_function_in_its_own_process(tmp_path, capfd):
     assert result.totals == [0.0, None, 4.0]
     assert "ValueError: could not convert string to float: 'bad' (mine.py:5)" in result.errors["f"]
     printed = set(capfd.readouterr().out.split()) - {"from"}
-    assert printed == {str(reward.child._process.pid)}
+    assert printed == {str(reward._process.pid)}
     assert str(os.getpid()) not in printed
     reward.close()
 
@@ -289,11 +288,11 @@ def test_a_hang_costs_its_batch_the_deadline_and_nothing_else(tmp_path, hang):
     body += f"def reward(prompts, completions, **columns):\n    if 'hang' in completions:\n        {hang}\n"
     body += "    return [1.0] * len(completions)\n"
     reward = in_child(tmp_path, body)
-    reward.child.seconds = 0.5
+    reward.seconds = 0.5
     result = score({"f": (reward, 1.0), "length": (length, 1.0)}, PROMPTS, ["1", "hang", "3"], {})
     assert result.totals == [None] * 3
     assert (result.timeouts, result.errors) == (3, {})
-    reward.child.seconds = 60.0  # a busy machine is no hang
+    reward.seconds = 60.0  # a busy machine is no hang
     again = score({"f": (reward, 1.0)}, PROMPTS, TEXTS, {})
     assert (again.totals, again.timeouts) == ([1.0] * 3, 0)
     reward.close()
@@ -314,9 +313,9 @@ def test_a_process_that_dies_is_an_error_and_comes_back(tmp_path):
 def test_no_process_outlives_its_caller(tmp_path):
     """One that hangs does not see that its caller is gone."""
     (tmp_path / "mine.py").write_text("def reward(prompts, completions):\n    9 ** 9 ** 9\n")
-    code = "import sys, time; from repo_ops.trainer.rewards.child import InChild\n"
-    code += f"f = InChild(r'{tmp_path / 'mine.py'}:reward', 99.0); f.begin(['p'], ['c'])\n"
-    code += "print(f.child._process.pid, flush=True); sys.exit()\n"
+    code = "import sys, time; from repo_ops.trainer.rewards.child import Child\n"
+    code += f"f = Child(r'{tmp_path / 'mine.py'}:reward', 99.0); f.begin(['p'], ['c'])\n"
+    code += "print(f._process.pid, flush=True); sys.exit()\n"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=True)
     with pytest.raises(ProcessLookupError):
         os.kill(int(done.stdout), 0)

@@ -14,19 +14,14 @@ import subprocess
 import sys
 import time
 import weakref
-from collections.abc import Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-__all__ = ["CallFailed", "Child", "ChildLost", "InChild"]
+__all__ = ["CallFailed", "Child", "ChildLost"]
 
 # The child imports what the function needs before it answers; sympy alone took 8 s on a loaded machine.
 START_SECONDS = 120.0
-
-
-_P = inspect.Parameter
-_KINDS = (_P.POSITIONAL_ONLY, _P.POSITIONAL_OR_KEYWORD, _P.VAR_POSITIONAL, _P.KEYWORD_ONLY, _P.VAR_KEYWORD)
 
 
 class CallFailed(Exception):  # noqa: N818
@@ -44,8 +39,9 @@ class ChildLost(Exception):  # noqa: N818
 class Child:
     """The function `name` ("module:function" or "file.py:function"), sync or async, in a child process.
 
-    The process starts with the first `start` or `begin`, and again with the next one after it was lost. Arguments and
-    results are pickled. What the function prints appears as usual; what it keeps in memory is lost with the process.
+    It is called like the function. The process starts with the first `start` or call, and again with the next one after
+    it was lost. Arguments and results are pickled. What the function prints appears as usual; what it keeps in memory
+    is lost with the process.
 
     Args:
         seconds: deadline of one call.
@@ -62,16 +58,16 @@ class Child:
             raise ValueError(f"seconds: expected > 0, got {seconds}")
         self.name = name
         self.seconds = seconds
-        self.parameters: list[tuple[str, int, bool]] = []
+        self.__signature__ = inspect.Signature()  # until it is started
 
-    def start(self) -> None:
-        """Starts the process, unless it runs.
+    def start(self) -> Child:
+        """Itself, its process started unless it runs.
 
         Raises:
             ValueError: it finds no such function, or does not come up.
         """
         if self._process is not None:
-            return
+            return self
         self._connection, theirs = multiprocessing.Pipe()
         command = [sys.executable, str(Path(__file__).with_name("serve.py")), str(theirs.fileno())]
         self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()])
@@ -80,15 +76,22 @@ class Child:
         theirs.close()
         try:
             self._send((self.name, sys.path), START_SECONDS)
-            kind, self.parameters = self._receive()
+            kind, found = self._receive()
         except ChildLost as lost:
             raise ValueError(f"reward: the process for {self.name!r} did not start: {lost}") from None
         if kind == "refused":
             self.close()
-            raise ValueError(str(self.parameters))
+            raise ValueError(found)
+        self.__signature__ = found
+        return self
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """What the function returns; raises as `result`."""
+        self.begin(*args, **kwargs)
+        return self.result()
 
     def begin(self, *args: Any, **kwargs: Any) -> None:
-        """Sends a call; `result` waits for what comes of it.
+        """Sends a call, so that several functions work at the same time; `result` waits for what comes of it.
 
         The child's random generators are seeded from this process's first, so that a run which goes on from a
         checkpoint, where that state is kept, meets the same numbers.
@@ -140,39 +143,3 @@ class Child:
 def _end(process: subprocess.Popen[bytes]) -> None:
     process.kill()
     process.wait()
-
-
-class InChild:
-    """A reward function, by name, in a child process: a hang costs the batch its deadline and nothing else.
-
-    Args:
-        seconds: deadline of one call, which scores all completions of a step.
-    Raises:
-        ValueError: no such function.
-    """
-
-    def __init__(self, name: str, seconds: float) -> None:
-        self.child = Child(name, seconds)
-        self.child.start()
-        self.__signature__ = inspect.Signature(
-            [
-                inspect.Parameter(p, _KINDS[kind], default=None if optional else inspect.Parameter.empty)
-                for p, kind, optional in self.child.parameters
-            ]
-        )
-
-    def begin(self, *args: Any, **kwargs: Any) -> None:
-        """Sends a batch, so that several functions work at the same time; `result` waits for its rewards."""
-        self.child.begin(*args, **kwargs)
-
-    def result(self) -> Sequence[float | None]:
-        """The rewards of the batch that was begun last."""
-        return self.child.result()
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Sequence[float | None]:
-        self.begin(*args, **kwargs)
-        return self.result()
-
-    def close(self) -> None:
-        """Ends the process."""
-        self.child.close()

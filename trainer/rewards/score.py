@@ -11,13 +11,15 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from repo_ops.trainer.rewards.child import CallFailed, ChildLost, InChild
+from repo_ops.trainer.rewards.child import CallFailed, Child, ChildLost
 from repo_ops.trainer.rewards.serve import describe, plain
 
 __all__ = ["RewardFunction", "Scores", "accepted_columns", "missing_columns", "score"]
 
 # f(prompts, completions, **columns) -> one number a completion; None leaves that sample out, an exception too
 RewardFunction = Callable[..., Any]
+# what the functions read, prompts and completions among it: name -> one value a completion
+_Batch = Mapping[str, Sequence[Any]]
 
 
 @dataclass
@@ -62,7 +64,7 @@ def score(
     for name, values in {"prompts": prompts, **columns}.items():
         if len(values) != len(completions):
             raise ValueError(f"{name}: expected {len(completions)} values, one a completion, got {len(values)}")
-    batch = _Batch(list(prompts), list(completions), columns)
+    batch = {"prompts": list(prompts), "completions": list(completions), **columns}
     parts, errors, timeouts = {}, {}, 0
     for name, outcome in _ask_all({name: function for name, (function, _) in rewards.items()}, batch).items():
         parts[name], failures, timed_out = _settled(rewards[name][0], batch, outcome)
@@ -91,53 +93,35 @@ def missing_columns(function: RewardFunction, columns: Sequence[str]) -> list[st
         for p in inspect.signature(function).parameters.values()
         if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
     ]
-    if "completions" in wanted:
-        given = {"prompts", "completions"}
-    else:
-        given = set(wanted[:2])
+    given = {"prompts", "completions"} if "completions" in wanted else set(wanted[:2])
     return [name for name in wanted if name not in given and name not in columns]
 
 
-@dataclass
-class _Batch:
-    """Completions with what the functions read beside them."""
-
-    prompts: list[str]
-    completions: list[str]
-    columns: Mapping[str, Sequence[Any]]
-
-    def __len__(self) -> int:
-        return len(self.completions)
-
-    def only(self, i: int) -> _Batch:
-        columns = {name: [values[i]] for name, values in self.columns.items()}
-        return _Batch([self.prompts[i]], [self.completions[i]], columns)
-
-    def arguments(self, function: RewardFunction) -> tuple[list[Any], dict[str, Any]]:
-        """Positional and keyword arguments, the way that the function's parameters ask for them."""
-        given = {"prompts": self.prompts, "completions": self.completions, **self.columns}
-        parameters = inspect.signature(function).parameters
-        if "completions" in parameters:
-            return [], {name: list(given[name]) for name in accepted_columns(function, list(given))}
+def _arguments(function: RewardFunction, batch: _Batch) -> tuple[list[Any], dict[str, Any]]:
+    """Positional and keyword arguments, the way that the function's parameters ask for them."""
+    parameters = inspect.signature(function).parameters
+    positional: list[str] = []
+    taken: list[str] = []
+    if "completions" not in parameters:
+        positional = ["prompts", "completions"]
         # f(question, text) may be asked about data that have a column "question"
         taken = [p.name for p in list(parameters.values())[:2] if p.kind is p.POSITIONAL_OR_KEYWORD]
-        names = accepted_columns(function, [name for name in self.columns if name not in taken])
-        columns = {name: list(given[name]) for name in names}
-        return [self.prompts, self.completions], columns
+    names = accepted_columns(function, [name for name in batch if name not in (*positional, *taken)])
+    return [list(batch[name]) for name in positional], {name: list(batch[name]) for name in names}
 
 
 def _ask_all(functions: Mapping[str, RewardFunction], batch: _Batch) -> dict[str, Any]:
     """What each function returned for the whole batch, or the exception that it raised."""
     found: dict[str, Any] = {}
     # children first: they work while the others are asked
-    for name, function in sorted(functions.items(), key=lambda item: not isinstance(item[1], InChild)):
-        args, keywords = batch.arguments(function)
-        ask = function.begin if isinstance(function, InChild) else function
+    for name, function in sorted(functions.items(), key=lambda item: not isinstance(item[1], Child)):
+        args, keywords = _arguments(function, batch)
+        ask = function.begin if isinstance(function, Child) else function
         found[name] = _tried(partial(ask, *args, **keywords))
     waiting = [name for name, outcome in found.items() if inspect.isawaitable(outcome)]
     found |= dict(zip(waiting, _gathered([found[name] for name in waiting])))
     for name, function in functions.items():
-        if isinstance(function, InChild) and found[name] is None:  # it has begun
+        if isinstance(function, Child) and found[name] is None:  # it has begun
             found[name] = _tried(function.result)
     return {name: found[name] for name in functions}
 
@@ -171,29 +155,28 @@ def _gathered(awaitables: list[Any]) -> list[Any]:
 
 def _settled(function: RewardFunction, batch: _Batch, outcome: Any) -> tuple[list[float | None], list[str], int]:
     """The rewards of a batch out of what the function returned or raised; messages of what failed; time-outs."""
+    size = len(batch["completions"])
     if isinstance(outcome, ChildLost):
-        outcome = [outcome] * len(batch)
+        outcome = [outcome] * size
     if not isinstance(outcome, Exception):
         outcome = plain(outcome)
-        problem = _not_a_list(outcome, len(batch))
+        problem = _not_a_list(outcome, size)
         if problem is None:
             lost = [isinstance(value, ChildLost) and value.timed_out for value in outcome]
             numbers = [(None, None) if timed_out else _number(value) for value, timed_out in zip(outcome, lost)]
             return [n for n, _ in numbers], [text for _, text in numbers if text is not None], sum(lost)
         outcome = CallFailed(problem)
-    if len(batch) == 1:
+    if size == 1:
         return [None], [_message(outcome)], 0
     values: list[float | None] = []
     messages: list[str] = []
-    timed_out = 0
-    for i in range(len(batch)):
-        one = batch.only(i)
+    for i in range(size):
+        one = {name: [column[i]] for name, column in batch.items()}
         value, message, late = _settled(function, one, _ask_all({"": function}, one)[""])
-        values, messages, timed_out = values + value, messages + message, timed_out + late
+        values, messages = values + value, messages + message
         if late:  # no more deadlines are spent on this batch
-            rest = len(batch) - i - 1
-            return values + [None] * rest, messages, timed_out + rest
-    return values, messages, timed_out
+            return values + [None] * (size - len(values)), messages, size - i
+    return values, messages, 0
 
 
 def _not_a_list(values: Any, wanted: int) -> str | None:

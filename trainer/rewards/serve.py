@@ -27,7 +27,7 @@ def main() -> None:
     name, sys.path[:] = connection.recv()  # what the caller can import, the function can
     try:
         function = load_function(name)
-        known = parameters(function)
+        known = signature_of(function)
     except ValueError as error:
         connection.send(("refused", str(error)))
         return
@@ -99,10 +99,11 @@ async def _awaited(result: Any) -> Any:
     return await result
 
 
-def parameters(function: Callable[..., Any]) -> list[tuple[str, int, bool]]:
-    """(name, kind, whether it may be left out) of each parameter: a signature without the objects that hang on it."""
-    signature = inspect.signature(function)
-    return [(p.name, int(p.kind), p.default is not inspect.Parameter.empty) for p in signature.parameters.values()]
+def signature_of(function: Callable[..., Any]) -> inspect.Signature:
+    """The names and kinds of its parameters and which may be left out, without the objects that hang on them."""
+    parameters = inspect.signature(function).parameters.values()
+    bare = [p.replace(annotation=p.empty, default=p.empty if p.default is p.empty else None) for p in parameters]
+    return inspect.Signature(bare)
 
 
 def plain(values: Any) -> Any:
