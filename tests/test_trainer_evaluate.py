@@ -51,9 +51,13 @@ def right(prompts, completions, *, answer):
 RIGHT = Rewards({"right": (right, 1.0)})
 
 
+def sampling(num_samples, *, temperature=1.0, seed=0):
+    return SamplingSettings(num_samples=num_samples, max_new_tokens=3, temperature=temperature, seed=seed)
+
+
 def test_by_hand():
     engine = Scripted({"A": ["1", "1", "0", "x"], "B": ["0", "0", "?", "0"]}, {"A": "1", "B": "x"})
-    result = evaluate(engine, EXAMPLES, RIGHT, num_samples=4, max_new_tokens=3, temperature=0.7, ks=(1, 2), seed=9)
+    result = evaluate(engine, EXAMPLES, RIGHT, sampling(4, temperature=0.7, seed=9), ks=(1, 2))
     # A: 2 of 4 solved; B: 0 of 3 that have a reward
     low_1, high_1 = interval(0.25, 2)
     low_2, high_2 = interval(5 / 12, 2)
@@ -79,19 +83,19 @@ def test_by_hand():
         }
     )
     assert [call.greedy for call in engine.calls] == [True, False]
-    assert engine.calls[1] == SamplingSettings(num_samples=4, max_new_tokens=3, temperature=0.7, seed=9)
+    assert engine.calls[1] == sampling(4, temperature=0.7, seed=9)
 
 
 def test_success_may_be_less_than_one():
     engine = Scripted({"A": ["x", "0"], "B": ["2", "2"]}, {"A": "x", "B": "0"})
-    result = evaluate(engine, EXAMPLES, RIGHT, num_samples=2, max_new_tokens=3, success=0.5)
+    result = evaluate(engine, EXAMPLES, RIGHT, sampling(2), success=0.5)
     assert result["greedy_accuracy"] == 0.5
     assert result["pass@1"] == 0.75
 
 
 def test_greedy_only():
     engine = Scripted({}, {"A": "1", "B": "?"})
-    result = evaluate(engine, EXAMPLES, RIGHT, num_samples=0, max_new_tokens=3)
+    result = evaluate(engine, EXAMPLES, RIGHT, sampling(0))
     low, high = interval(1.0, 1)
     assert result == {
         "prompts": 2,
@@ -106,7 +110,7 @@ def test_greedy_only():
 def test_means_are_weighted_and_the_first_reward_decides_what_is_solved():
     engine = Scripted({"A": ["1", "x"], "B": ["2", "0"]}, {"A": "1", "B": "0"})
     rewards = Rewards({"right": (right, 2.0), "length": (lambda prompts, completions, **_: [3.0] * len(prompts), -1.0)})
-    result = evaluate(engine, EXAMPLES, rewards, num_samples=2, max_new_tokens=3, ks=(1, 2))
+    result = evaluate(engine, EXAMPLES, rewards, sampling(2), ks=(1, 2))
     assert result["greedy_mean"] == (2 - 3 + 0 - 3) / 2
     assert result["sampled_mean"] == ((2 - 3) + (1 - 3) + (2 - 3) + (0 - 3)) / 4
     assert (result["greedy_accuracy"], result["pass@1"], result["pass@2"]) == (0.5, 0.5, 1.0)
@@ -115,7 +119,7 @@ def test_means_are_weighted_and_the_first_reward_decides_what_is_solved():
 def test_several_data_sets_are_also_reported_by_themselves():
     engine = Scripted({"A": ["1", "1"], "B": ["0", "0"]}, {"A": "1", "B": "0"})
     examples = [Example("a", "A", {"answer": "1"}, "easy"), Example("b", "B", {"answer": "2", "level": 3}, "hard")]
-    result = evaluate(engine, examples, RIGHT, num_samples=2, max_new_tokens=3)
+    result = evaluate(engine, examples, RIGHT, sampling(2))
     assert [result[name] for name in ("pass@1", "easy/pass@1", "hard/pass@1")] == [0.5, 1.0, 0.0]
     assert [result[name] for name in ("prompts", "easy/prompts", "hard/prompts")] == [2, 1, 1]
     assert len(engine.calls) == 2  # greedy and sampled, for all of them at once
@@ -133,11 +137,11 @@ def test_bootstrap_draws_whole_prompts():
 
 def test_nothing_scored_is_nan_and_no_examples_is_empty():
     engine = Scripted({"A": ["?"], "B": ["?"]}, {"A": "?", "B": "?"})
-    result = evaluate(engine, EXAMPLES, RIGHT, num_samples=1, max_new_tokens=3)
+    result = evaluate(engine, EXAMPLES, RIGHT, sampling(1))
     assert result["unscored"] == 4
     for name in ("greedy_mean", "sampled_mean", "pass@1", "pass@1_low"):
         assert math.isnan(result[name])
-    assert evaluate(engine, [], RIGHT, num_samples=1, max_new_tokens=3) == {}
+    assert evaluate(engine, [], RIGHT, sampling(1)) == {}
 
 
 def test_the_command_gives_the_numbers_of_a_run_that_begins(tmp_path: Path, capsys) -> None:
@@ -199,7 +203,7 @@ def test_a_mistake_in_the_command_is_one_sentence(capsys, arguments, sentence) -
 @pytest.mark.parametrize("k", [0, 5])
 def test_k_beyond_the_samples_is_refused(k):
     with pytest.raises(ValueError, match=r"^ks: expected numbers from 1 to num_samples = 4"):
-        evaluate(Scripted({}, {}), EXAMPLES, RIGHT, num_samples=4, max_new_tokens=3, ks=(1, k))
+        evaluate(Scripted({}, {}), EXAMPLES, RIGHT, sampling(4), ks=(1, k))
 
 
 @pytest.mark.parametrize(("n", "solved", "k"), [(4, 2, 1), (5, 1, 3), (6, 6, 2), (6, 0, 2), (7, 5, 3), (3, 1, 3)])

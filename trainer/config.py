@@ -13,31 +13,23 @@ from repo_ops.trainer.rollout.load import check_engine_args
 from repo_ops.trainer.trackers import tracker_names
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
-__all__ = ["TrainConfig", "learning_rate", "parse_config", "parse_settings", "save_config"]
+__all__ = ["PolicySettings", "TrainConfig", "learning_rate", "parse_config", "parse_settings", "save_config"]
 
 Settings = TypeVar("Settings")
 
 
 @dataclass(frozen=True)
-class TrainConfig:
-    """One training run. The defaults train SmolLM2-135M with GRPO on a laptop."""
+class PolicySettings:
+    """What training and evaluation are told alike: which model, how its prompts, samples and rewards are made."""
 
     model: str = "smollm2"
     """"smollm2", "tiny" (made on the spot), a folder in Hugging Face format, or a hub id."""
-    task: str = "products"
-    """Name of a task: products, chain_sum, lcm, gcd, count_bits, letter_counting..."""
     task_args: dict[str, Any] = field(default_factory=dict)
     """Options of the task, e.g. --task_args.digits 2."""
-    data: str | None = None
-    """Prompts to train on, instead of a task: a .jsonl or .parquet file, a folder, or a data set of the hub."""
     data_args: dict[str, Any] = field(default_factory=dict)
     """For datasets.load_dataset, e.g. --data_args.name main, --data_args.split train[:90%]."""
-    eval_data: str | list[str] | None = None
-    """Prompts to evaluate on, likewise; one, or a list, each of which is also reported by itself."""
-    eval_data_args: dict[str, Any] = field(default_factory=dict)
-    """For datasets.load_dataset, e.g. --eval_data_args.split test."""
     prompt_column: str = "prompt"
     """Column of the data with the prompt: text, or chat messages for the tokenizer's chat template. All other columns
     reach the reward functions."""
@@ -53,13 +45,49 @@ class TrainConfig:
     """Several rewards with their weights, e.g. --rewards.exact_match 1 --rewards.soft_overlong 0.5; names with a dot
     in YAML or as --rewards '{"mine.py:f": 1}'. The first one decides what counts as solved."""
     reward_timeout: float | None = 300.0
-    """Seconds that module:function and file.py:function may take for a step's completions; the function runs in a
-    process of its own that is killed then, and the step goes on without these samples (none: in the trainer's own
-    process, where a hang hangs the run)."""
+    """Seconds that module:function and file.py:function may take for the completions of a step or an evaluation; the
+    function runs in a process of its own that is killed then, and all goes on without these samples (none: in the
+    trainer's own process, where a hang hangs the run)."""
+    eval_success: float = 1.0
+    """Least value of the (first) reward that counts as solved in pass@k and greedy_accuracy."""
+    temperature: float = 1.0
+    """Divides the logits, when sampling and in the loss (> 0)."""
+    top_k: int = 0
+    """Sample among the k most probable tokens only (0: all; at most 512); with replay it must be 0."""
+    top_p: float = 1.0
+    """Of these, sample among the most probable ones that reach this probability, in (0, 1]; below 1 it wants a top_k;
+    with replay it must be 1."""
+    max_new_tokens: int | None = None
+    """Longest completion, tokens (none: the task's own; 256 for data)."""
+    stop: list[str] | None = None
+    """Single characters that end a completion, besides the end-of-sequence token (none: the task's own; no character
+    for data)."""
+    seed: int = 0
+    """Seeds the choice and order of prompts, sampling and replay; the same seed gives the same metrics."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the weights and of AdamW's state; bfloat16 weights often do not move at RL's learning rates."""
+    autocast: bool = True
+    """Compute the layers below the head in bfloat16; weights, head and loss stay in dtype."""
+    device: str | None = None
+    """cpu, cuda, cuda:1... (none: a GPU where torch sees one, else the CPU)."""
+    threads: int | None = None
+    """CPU threads of torch (none: its own choice)."""
+
+
+@dataclass(frozen=True)
+class TrainConfig(PolicySettings):
+    """One training run. The defaults train SmolLM2-135M with GRPO on a laptop."""
+
+    task: str = "products"
+    """Name of a task: products, chain_sum, lcm, gcd, count_bits, letter_counting..."""
+    data: str | None = None
+    """Prompts to train on, instead of a task: a .jsonl or .parquet file, a folder, or a data set of the hub."""
+    eval_data: str | list[str] | None = None
+    """Prompts to evaluate on, likewise; one, or a list, each of which is also reported by itself."""
+    eval_data_args: dict[str, Any] = field(default_factory=dict)
+    """For datasets.load_dataset, e.g. --eval_data_args.split test."""
     output_dir: str = "runs/train"
     """Folder for metrics.jsonl, config.yaml, report.png and the trained model; made if absent."""
-    seed: int = 0
-    """Seeds data order, sampling and replay; the same seed gives the same metrics."""
 
     objective: str = "grpo"
     """Policy objective, one of repo_ops.objective_names(): grpo, dapo, cispo, gspo, ..., or repo (for replay)."""
@@ -103,8 +131,6 @@ class TrainConfig:
     """Sampled completions for each held-out prompt; one greedy completion comes on top."""
     eval_k: list[int] = field(default_factory=list)
     """pass@k is reported for these k, from 1 to heldout_samples (none: 1 and heldout_samples)."""
-    eval_success: float = 1.0
-    """Least value of the (first) reward that counts as solved in pass@k and greedy_accuracy."""
     dynamic_sampling_max_rounds: int = 1
     """Batches of prompts that a step may generate until prompts_per_step groups have different rewards, as in DAPO;
     further groups are left out, dead ones fill up what is missing (1: no dynamic sampling)."""
@@ -129,18 +155,6 @@ class TrainConfig:
     profile_steps: tuple[int, int] | None = None
     """First and last step that torch.profiler records, e.g. [3,5]; the trace lies in output_dir/profile."""
 
-    temperature: float = 1.0
-    """Divides the logits, when sampling and in the loss (> 0)."""
-    top_k: int = 0
-    """Sample among the k most probable tokens only (0: all; at most 512); with replay it must be 0."""
-    top_p: float = 1.0
-    """Of these, sample among the most probable ones that reach this probability, in (0, 1]; below 1 it wants a top_k;
-    with replay it must be 1."""
-    max_new_tokens: int | None = None
-    """Longest completion, tokens (none: the task's own; 256 for data)."""
-    stop: list[str] | None = None
-    """Single characters that end a completion, besides the end-of-sequence token (none: the task's own; no character
-    for data)."""
     engine: Literal["hf", "vllm", "vllm_server"] = "hf"
     """What samples: transformers, vLLM in this process, or a vLLM server; vLLM is sent the weights after each step."""
     engine_args: dict[str, Any] = field(default_factory=dict)
@@ -162,12 +176,6 @@ class TrainConfig:
     micro_batch_tokens: int = 4096
     """Padded tokens of one forward and backward; lower needs less memory and changes nothing else."""
 
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the weights and of AdamW's state; bfloat16 weights often do not move at RL's learning rates."""
-    autocast: bool = True
-    """Compute the layers below the head in bfloat16; weights, head and loss stay in dtype."""
-    device: str | None = None
-    """cpu, cuda, cuda:1... (none: a GPU where torch sees one, else the CPU)."""
     replicas: int = 1
     """Whole copies of the model over all ranks that torchrun started, each sharded over ranks / replicas neighbours
     (nodes: hybrid sharding); with one rank there is nothing to shard."""
@@ -183,8 +191,6 @@ class TrainConfig:
     """Layers that get an adapter, e.g. [q_proj,v_proj,lm_head]; all-linear: all linear layers but the head."""
     liger: bool | None = None
     """liger-kernel's RMSNorm, RoPE and SwiGLU in the layers (none: on a GPU, where it is installed)."""
-    threads: int | None = None
-    """CPU threads of torch (none: its own choice)."""
     save_model: bool = True
     """Write the trained model to output_dir/model; push_to_hub writes it in any case."""
     push_to_hub: str | None = None
@@ -227,7 +233,7 @@ class TrainConfig:
         return [] if self.replay else [name for name in _OF_REPLAY if getattr(self, name) != _default(name)]
 
     def __post_init__(self) -> None:
-        for names, least in _AT_LEAST.items():
+        for least, names in _AT_LEAST.items():
             for name in names:
                 value = getattr(self, name)
                 if value is not None and not (math.isfinite(value) and value >= least):
@@ -248,7 +254,6 @@ class TrainConfig:
                 "a step would hold a prompt twice"
             )
         self._check_company()
-        self._check_data()
         self._check_rewards()
         check_engine_args(self.engine, self.engine_args)
         if self.top_k > MAX_KEPT or (self.top_p < 1 and not self.top_k):
@@ -270,6 +275,8 @@ class TrainConfig:
 
     def _check_company(self) -> None:
         """Refuses what would be ignored."""
+        if self.data is not None and (self.task != _default("task") or self.task_args):
+            raise ValueError(f"task: expected none with data, got {self.task!r} {self.task_args}; drop one of the two")
         for needed, names in _ONLY_WITH.items():
             for name in names:
                 if not getattr(self, needed) and getattr(self, name) != _default(name):
@@ -284,10 +291,6 @@ class TrainConfig:
                 f"eval_steps: expected held-out prompts beside it, got none and {self.eval_steps}; set heldout_size"
                 + (" or eval_data" if self.data else "")
             )
-
-    def _check_data(self) -> None:
-        if self.data is not None and (self.task != _default("task") or self.task_args):
-            raise ValueError(f"task: expected none with data, got {self.task!r} {self.task_args}; drop one of the two")
 
     def _check_rewards(self) -> None:
         if self.reward is not None and self.rewards:
@@ -336,17 +339,16 @@ _ONLY_WITH = {
 _OF_REPLAY = ("replay_num", "replay_capacity", "replay_min_size", "off_policy_coef", "advantage_mode")
 
 _AT_LEAST = {
-    ("max_prompt_tokens",): 1,
-    ("beta", "lr", "weight_decay"): 0,
-    ("heldout_size", "eval_steps", "sample_steps", "top_k", "warmup"): 0,
-    ("replay_num", "replay_capacity", "replay_min_size", "steps", "prompts_per_step", "train_size"): 1,
-    ("dynamic_sampling_max_rounds",): 1,
-    ("divergence_top_k", "heldout_samples", "log_steps", "max_new_tokens", "micro_batch_tokens", "threads"): 1,
-    ("sample_rows", "nonfinite_limit"): 1,
-    ("keep_last", "replicas"): 1,
-    ("lora_rank",): 0,
-    ("save_steps",): 0,
-    ("group_size",): 2,
+    0: (
+        *("beta", "lr", "weight_decay", "warmup", "top_k", "lora_rank"),
+        *("heldout_size", "eval_steps", "sample_steps", "save_steps"),
+    ),
+    1: (
+        *("steps", "prompts_per_step", "train_size", "max_prompt_tokens", "max_new_tokens", "micro_batch_tokens"),
+        *("replay_num", "replay_capacity", "replay_min_size", "dynamic_sampling_max_rounds", "divergence_top_k"),
+        *("heldout_samples", "log_steps", "sample_rows", "nonfinite_limit", "keep_last", "replicas", "threads"),
+    ),
+    2: ("group_size",),
 }
 
 
@@ -371,26 +373,28 @@ def parse_settings(kind: type[Settings], arguments: Sequence[str], *, prog: str,
     parser = ArgumentParser(prog=prog, usage=usage, description=description)
     parser.add_argument("--config", action="config", help="YAML file with any of the keys below; repeatable")
     parser.add_class_arguments(kind, as_group=False)
-    _check_keys(list(arguments), [each.name for each in fields(kind)], parser.error)  # type: ignore[arg-type]
+    known = [each.name for each in fields(kind)]  # type: ignore[arg-type]
+    for where, name in _keys(arguments, parser.error):
+        if name not in known:
+            _refuse_unknown(name, known, where, parser.error)
     namespace = parser.parse_args(list(arguments))
     try:
-        return kind(**{each.name: namespace[each.name] for each in fields(kind)})  # type: ignore[arg-type]
+        return kind(**{name: namespace[name] for name in known})
     except ValueError as error:
         parser.error(str(error))
 
 
-def _check_keys(arguments: list[str], known: list[str], error: Any) -> None:
-    """Calls `error` for a key, on the line or in a YAML file, that is none of `known`, and names the nearest."""
+def _keys(arguments: Sequence[str], error: Any) -> Iterator[tuple[str, str]]:
+    """(where, key) of all that a command line sets: on the line and in its YAML files."""
     for place, argument in enumerate(arguments):
         if not argument.startswith("--"):
             continue
         key, _, value = argument[2:].partition("=")
         if key == "config":
-            path = Path(value or (arguments[place + 1] if place + 1 < len(arguments) else ""))
-            for name in _keys_of(path, error):
-                _require_known(name, known, f"{path}: ", error)
+            path = value or "".join(arguments[place + 1 : place + 2])
+            yield from ((f"{path}: ", name) for name in _keys_of(Path(path), error))
         elif key != "help" and not key.startswith("print_"):
-            _require_known(key.split(".")[0], known, "", error)
+            yield "", key.split(".")[0]
 
 
 def _keys_of(path: Path, error: Any) -> list[str]:
@@ -430,12 +434,11 @@ ELSEWHERE = {
 """Names that users of TRL try first, and ours. Where both count differently (a batch of prompts), --help says how."""
 
 
-def _require_known(name: str, known: list[str], where: str, error: Any) -> None:
-    if name not in known:
-        if name in ELSEWHERE and ELSEWHERE[name].split(".")[0] in known:
-            error(f"{where}unknown key {name!r}; what TRL calls so is {ELSEWHERE[name]!r} here")
-        near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-        error(f"{where}unknown key {name!r}" + (f"; did you mean {near[0]!r}?" if near else "; see --help"))
+def _refuse_unknown(name: str, known: list[str], where: str, error: Any) -> None:
+    if name in ELSEWHERE and ELSEWHERE[name].split(".")[0] in known:
+        error(f"{where}unknown key {name!r}; what TRL calls so is {ELSEWHERE[name]!r} here")
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    error(f"{where}unknown key {name!r}" + (f"; did you mean {near[0]!r}?" if near else "; see --help"))
 
 
 def save_config(config: TrainConfig, path: Path) -> None:

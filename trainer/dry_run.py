@@ -11,7 +11,7 @@ from repo_ops.doctor import backend_of
 from repo_ops.trainer.config import TrainConfig, settings_as_json
 from repo_ops.trainer.data import PromptStream
 from repo_ops.trainer.distributed import as_started
-from repo_ops.trainer.door import check_ranks, check_settings, make_objective
+from repo_ops.trainer.door import check_ranks, check_settings, make_objective, make_task, open_rewards, open_source
 from repo_ops.trainer.footprint import (
     Parameters,
     Peak,
@@ -24,7 +24,6 @@ from repo_ops.trainer.footprint import (
 from repo_ops.trainer.models import load_shape
 from repo_ops.trainer.rollout import encode_prompts
 from repo_ops.trainer.rollout.load import GPU_MEMORY_UTILIZATION
-from repo_ops.trainer.sources import make_task, open_rewards, open_source
 from repo_ops.trainer.throughput import peak_flops
 
 if TYPE_CHECKING:
@@ -62,9 +61,12 @@ def plan_of_run(config: TrainConfig) -> str:
     with sketched(config, shape, device) as model:
         parameters = Parameters.of(model)
         rest = {name: number // work.shards for name, number in memory_at_rest(model, reference=reference).items()}
+    compute = "bfloat16" if config.autocast else config.dtype
+    counts = f"{_count(parameters.total)} parameters, {_count(parameters.trained)} of them trained"
+    backend, reason = backend_of(device)
     rows = [
-        ("model", _model(config, parameters)),
-        ("device", _device(device)),
+        ("model", f"{config.model}: {counts}, in {config.dtype}; layers compute in {compute}"),
+        ("device", f"{device}, head backend {backend}" + (f" (not triton: {reason})" if reason else "")),
         ("data", f"{len(task.train)} prompts of {min(lengths)} to {max(lengths)} tokens, {len(task.heldout)} held out"),
         *_steps(config, work, bool(task.heldout)),
         *_memory(config, device, work, rest, parts_at_peak(config, shape, device, work)),
@@ -75,19 +77,6 @@ def plan_of_run(config: TrainConfig) -> str:
     settings = [f"  {line}" for line in yaml.safe_dump(settings_as_json(config), sort_keys=False).splitlines()]
     head = "dry run: nothing was loaded, trained or written; ~ marks estimates, for completions of full length"
     return "\n".join([head, "", *(f"{label:<{width}}  {text}" for label, text in rows), "", "settings", *settings])
-
-
-def _model(config: TrainConfig, parameters: Parameters) -> str:
-    compute = "bfloat16" if config.autocast else config.dtype
-    return (
-        f"{config.model}: {_count(parameters.total)} parameters, {_count(parameters.trained)} of them trained, in "
-        f"{config.dtype}; layers compute in {compute}"
-    )
-
-
-def _device(device: torch.device) -> str:
-    backend, reason = backend_of(device)
-    return f"{device}, head backend {backend}" + (f" (not triton: {reason})" if reason else "")
 
 
 def _steps(config: TrainConfig, work: Workload, evaluates: bool) -> Sequence[tuple[str, str]]:
@@ -112,27 +101,23 @@ def _memory(
 
     offloaded = config.cpu_offload and device.type != "cpu"
     here = peak.largest + (0 if offloaded else sum(rest.values()))
-    generating = f"while generating ~{listed(peak.generating)}" if peak.generating else _engine_of_its_own(config)
+    share = config.engine_args.get("gpu_memory_utilization", GPU_MEMORY_UTILIZATION)
+    generating = {
+        "hf": f"while generating ~{listed(peak.generating)}",
+        "vllm": f"and all the time what vLLM takes: {share:g} of a GPU's memory (engine_args.gpu_memory_utilization)",
+        "vllm_server": "while generating nothing: the server has its own",
+    }
+    ranks = f" on each of {work.ranks} ranks" if work.ranks > 1 else ""
     return [
-        (
-            f"memory, MiB{f' on each of {work.ranks} ranks' if work.ranks > 1 else ''}",
-            f"at rest {'on the CPU ' if offloaded else ''}{listed(rest)}",
-        ),
+        (f"memory, MiB{ranks}", f"at rest {'on the CPU ' if offloaded else ''}{listed(rest)}"),
         ("", f"while learning ~{listed(peak.learning)}"),
-        ("", generating),
+        ("", generating[config.engine]),
         ("", f"~{_mib(here)} at the peak{f' on {device.type}' if offloaded else ''}, without the runtime itself"),
     ]
 
 
 def _mib(number: int) -> str:
     return f"{number / MIB:,.{0 if number >= 10 * MIB else 1}f}"
-
-
-def _engine_of_its_own(config: TrainConfig) -> str:
-    if config.engine == "vllm_server":
-        return "while generating nothing: the server has its own"
-    share = config.engine_args.get("gpu_memory_utilization", GPU_MEMORY_UTILIZATION)
-    return f"and all the time what vLLM takes: {share:g} of a GPU's memory (engine_args.gpu_memory_utilization)"
 
 
 def _arithmetic(config: TrainConfig, flops: dict[str, float], device: torch.device) -> Sequence[tuple[str, str]]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
-from typing import Any
 
 from repo_ops.trainer.distributed import Ranks
 from repo_ops.trainer.rewards import Rewards
@@ -23,15 +23,10 @@ def evaluate(
     engine: RolloutEngine,
     examples: Sequence[Example],
     rewards: Rewards,
+    sampling: SamplingSettings,
     *,
-    num_samples: int,
-    max_new_tokens: int,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
     ks: Sequence[int] = (1,),
     success: float = 1.0,
-    seed: int = 0,
     ranks: Ranks | None = None,
 ) -> dict[str, float]:
     """Mean reward, greedy and sampled, and pass@k, with 95 % intervals, over the examples.
@@ -41,11 +36,10 @@ def evaluate(
         examples: held-out prompts; without any the result is {}. Where their `source` differs, everything is also
             reported for each source by itself, under "<source>/".
         rewards: means are of the weighted sum; whether a completion is right, the first function alone decides.
-        num_samples: sampled completions of a prompt; 0 evaluates greedily only.
-        temperature, top_k, top_p: of the samples; the greedy completion knows none of them.
+        sampling: of the samples; no samples evaluate greedily only. The same seed before and after training compares
+            like with like. The greedy completion knows no temperature, top_k or top_p.
         ks: pass@k for these k <= num_samples.
         success: least value of the first reward that counts as solved.
-        seed: of the samples. The same seed before and after training compares like with like.
         ranks: those that call this together; the reward is asked on the first.
     Returns:
         prompts                            number of examples
@@ -59,23 +53,20 @@ def evaluate(
     Raises:
         ValueError: a k outside 1 .. num_samples.
     """
-    for k in ks if num_samples else ():
-        if not 1 <= k <= num_samples:
+    for k in ks if sampling.num_samples else ():
+        if not 1 <= k <= sampling.num_samples:
             raise ValueError(
-                f"ks: expected numbers from 1 to num_samples = {num_samples}, got {k}; sample more or drop it"
+                f"ks: expected numbers from 1 to num_samples = {sampling.num_samples}, got {k}; sample more or drop it"
             )
     if not examples:
         return {}
-    asked = partial(
-        _outcomes, engine, examples, rewards, max_new_tokens=max_new_tokens, seed=seed, ranks=ranks or Ranks()
-    )
-    greedy = [group[0] for group in asked(num_samples=1, temperature=1.0, greedy=True)]
-    sampled: list[list[_Outcome]] = []
-    if num_samples:
-        sampled = asked(num_samples=num_samples, temperature=temperature, top_k=top_k, top_p=top_p)
+    asked = partial(_outcomes, engine, examples, rewards, ranks or Ranks())
+    alone = replace(sampling, num_samples=1, greedy=True, temperature=1.0, top_k=0, top_p=1.0)
+    greedy = [group[0] for group in asked(alone)]
+    sampled = asked(sampling) if sampling.num_samples else []
 
     def summary(chosen: Sequence[int]) -> dict[str, float]:
-        return _summary([greedy[i] for i in chosen], [sampled[i] for i in chosen if num_samples], ks, success)
+        return _summary([greedy[i] for i in chosen], [sampled[i] for i in chosen if sampled], ks, success)
 
     result = summary(range(len(examples)))
     sources = list(dict.fromkeys(example.source for example in examples))
@@ -137,25 +128,16 @@ _Outcome = tuple["float | None", "float | None", bool]
 
 
 def _outcomes(
-    engine: RolloutEngine,
-    examples: Sequence[Example],
-    rewards: Rewards,
-    *,
-    num_samples: int,
-    max_new_tokens: int,
-    ranks: Ranks,
-    **sampling: Any,
+    engine: RolloutEngine, examples: Sequence[Example], rewards: Rewards, ranks: Ranks, sampling: SamplingSettings
 ) -> list[list[_Outcome]]:
     """For every example what its completions came to."""
-    prompts = [example.prompt for example in examples]
-    settings = SamplingSettings(num_samples=num_samples, max_new_tokens=max_new_tokens, **sampling)
-    groups = engine.generate(prompts, settings)
+    groups = engine.generate([example.prompt for example in examples], sampling)
     rows = [(example, completion) for example, group in zip(examples, groups, strict=True) for completion in group]
-    scores = ranks.from_first(lambda: rewards.score(rows, max_new_tokens=max_new_tokens))
+    scores = ranks.from_first(lambda: rewards.score(rows, max_new_tokens=sampling.max_new_tokens))
     deciding = next(iter(scores.parts.values()))
     finished = [completion.finished for _, completion in rows]
     flat = list(zip(scores.totals, deciding, finished))
-    return [flat[i : i + num_samples] for i in range(0, len(flat), num_samples)]
+    return [flat[i : i + sampling.num_samples] for i in range(0, len(flat), sampling.num_samples)]
 
 
 def _summary(

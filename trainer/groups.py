@@ -15,9 +15,10 @@ import repo_ops
 from repo_ops.replay import ReplayBuffer, Sample
 from repo_ops.trainer.config import TrainConfig
 from repo_ops.trainer.distributed import Ranks
+from repo_ops.trainer.door import sampling
 from repo_ops.trainer.learner import ScoredSequence, reads_top_logps
 from repo_ops.trainer.rewards import Scores, reward_metrics
-from repo_ops.trainer.rollout import Completion, SamplingSettings, encode_prompts
+from repo_ops.trainer.rollout import Completion, encode_prompts
 from repo_ops.trainer.run import Run
 from repo_ops.trainer.tasks import Example
 
@@ -86,14 +87,12 @@ def collect(run: Run, step: int) -> Collected:
         if not examples:
             continue
         started = time.perf_counter()
-        settings = SamplingSettings(
+        settings = sampling(
+            config,
             num_samples=config.group_size,
             max_new_tokens=run.max_new_tokens,
-            temperature=config.temperature,
-            top_k=config.top_k,
-            top_p=config.top_p,
-            top_logps=config.divergence_top_k if reads_top_logps(run.learner.objective) else 0,
             seed=seed_of(config, step, round_),
+            top_logps=config.divergence_top_k if reads_top_logps(run.learner.objective) else 0,
         )
         completions = run.engine.generate([example.prompt for example in examples], settings)
         seconds += time.perf_counter() - started

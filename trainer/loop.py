@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from repo_ops.trainer.config import learning_rate, save_config
+from repo_ops.trainer.door import sampling
 from repo_ops.trainer.evaluate import evaluate
-from repo_ops.trainer.groups import Collected, collect, draw_and_push, group_metrics, seed_of, with_advantages
-from repo_ops.trainer.memory import peak_memory_mb, reset_peak_memory
+from repo_ops.trainer.groups import collect, draw_and_push, group_metrics, seed_of, with_advantages
 from repo_ops.trainer.nonfinite import NonfiniteGuard
 from repo_ops.trainer.progress import Progress
 from repo_ops.trainer.publish import publish
@@ -17,7 +16,7 @@ from repo_ops.trainer.reporting import reporting
 from repo_ops.trainer.run import Run
 from repo_ops.trainer.samples import rows_of_step
 from repo_ops.trainer.summary import summarize_run
-from repo_ops.trainer.throughput import throughput
+from repo_ops.trainer.throughput import reset_peak_memory, spent
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -57,7 +56,6 @@ def train(run: Run, *, name: str = "train", console: Console | None = None) -> d
             sequences = with_advantages(config, collected.groups)
             metrics = run.learner.step(sequences, lr=learning_rate(config, step))
             metrics |= group_metrics(collected, sequences)
-            metrics |= throughput(metrics, run.model, ranks)
             metrics |= ranks.buffer_metrics(run.buffer.metrics(step)) if run.buffer is not None else {}
             metrics |= spent(run, collected, metrics, started)
             progress.learned(step, metrics)  # whatever fails from here on, what the step was is written down
@@ -71,17 +69,6 @@ def train(run: Run, *, name: str = "train", console: Console | None = None) -> d
     return found
 
 
-def spent(run: Run, collected: Collected, metrics: Mapping[str, float], started: float) -> dict[str, float]:
-    """Time and memory of the step so far."""
-    seconds = time.perf_counter() - started
-    return {
-        "time/generate": collected.seconds,
-        "time/rest": seconds - collected.seconds - metrics["time/learner"],
-        "tokens_per_second": collected.tokens / seconds,
-        "memory/peak_mb": peak_memory_mb(run.learner.ranks.device),
-    }
-
-
 def conclude(run: Run, progress: Progress) -> None:
     """Evaluates after the step that is done, where that is due; then nothing of the step is left to do."""
     config, step, evaluation = run.config, progress.done, {}
@@ -93,19 +80,17 @@ def conclude(run: Run, progress: Progress) -> None:
 
 def held_out(run: Run) -> dict[str, float]:
     """eval/* metrics on prompts that are never trained on; {} where there are none."""
-    samples = run.config.heldout_samples
+    config, ranks = run.config, run.learner.ranks
+    settings = sampling(
+        config, num_samples=config.heldout_samples, max_new_tokens=run.max_new_tokens, seed=seed_of(config, 0)
+    )
     found = evaluate(
         run.engine,
         run.task.heldout,
         run.rewards,
-        num_samples=samples,
-        max_new_tokens=run.max_new_tokens,
-        temperature=run.config.temperature,
-        top_k=run.config.top_k,
-        top_p=run.config.top_p,
-        ks=run.config.pass_at,
-        success=run.config.eval_success,
-        seed=seed_of(run.config, 0),
-        ranks=run.learner.ranks,
+        settings,
+        ks=config.pass_at,
+        success=config.eval_success,
+        ranks=ranks,
     )
     return {f"eval/{name}": value for name, value in found.items()}

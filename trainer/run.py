@@ -15,7 +15,15 @@ from repo_ops.trainer.checkpoint import Checkpoint
 from repo_ops.trainer.config import TrainConfig
 from repo_ops.trainer.data import PromptStream
 from repo_ops.trainer.distributed import join
-from repo_ops.trainer.door import check_ranks, check_settings, make_buffer, make_objective
+from repo_ops.trainer.door import (
+    check_ranks,
+    check_settings,
+    make_buffer,
+    make_objective,
+    make_task,
+    open_rewards,
+    open_source,
+)
 from repo_ops.trainer.learner import Learner
 from repo_ops.trainer.lora import add_lora
 from repo_ops.trainer.models import load_model
@@ -25,7 +33,6 @@ from repo_ops.trainer.rewards import Rewards
 from repo_ops.trainer.rollout import RolloutEngine
 from repo_ops.trainer.rollout.load import load_engine
 from repo_ops.trainer.rollout.over_ranks import OverRanks
-from repo_ops.trainer.sources import make_task, open_rewards, open_source
 from repo_ops.trainer.tasks import Task
 
 if TYPE_CHECKING:
