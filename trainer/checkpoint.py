@@ -19,8 +19,9 @@ import shutil
 import warnings
 import zlib
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -92,34 +93,28 @@ class Checkpoints:
         # a group of its own: the thread's collectives must not meet those of training
         self._group = dist.new_group(backend="gloo") if dist.is_initialized() else None
         self._thread = ThreadPoolExecutor(1, "checkpoint") if background else None
-        self._writing: tuple[int, Future[None]] | None = None
+        self._writing: tuple[int, Callable[[], None]] | None = None
         # DCP says so at every save and load of a run without ranks
         warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 
     def save(self, snapshot: Snapshot) -> None:
         """Writes a checkpoint; where that fails, says so and leaves the earlier ones as they were."""
         self.finish()
+        job = partial(write, self.folder, keep=self.keep, group=self._group)
         if self._thread is None:
-            done: Future[None] = Future()
-            try:
-                write(self.folder, snapshot, keep=self.keep, group=self._group)
-                done.set_result(None)
-            except CannotWrite as error:
-                done.set_exception(error)
+            self._writing = snapshot.step, partial(job, snapshot)
+            self.finish()
         else:
             held = replace(snapshot, sharded=_copied(snapshot.sharded))
-            done = self._thread.submit(write, self.folder, held, keep=self.keep, group=self._group)
-        self._writing = snapshot.step, done
-        if self._thread is None:
-            self.finish()
+            self._writing = snapshot.step, self._thread.submit(job, held).result
 
     def finish(self) -> None:
         """Waits until what was begun lies on disk. `latest` is then the newest step that does."""
         if self._writing is None:
             return
-        (step, done), self._writing = self._writing, None
+        (step, result), self._writing = self._writing, None
         try:
-            done.result()
+            result()
             self.latest = step
         except CannotWrite as error:
             newest = "there is none before it" if self.latest is None else f"the newest is that of step {self.latest}"

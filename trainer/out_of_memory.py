@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -25,20 +26,12 @@ from repo_ops.trainer.rollout import encode_prompts
 if TYPE_CHECKING:
     from repo_ops.trainer.run import Run
 
-__all__ = ["Knob", "explain", "explained", "is_out_of_memory", "knobs"]
+__all__ = ["explain", "explained", "is_out_of_memory", "knobs"]
 
 MIB = 1 << 20
 AT_REST = ("weights", "gradients", "AdamW's averages", "reference model")
 MESSAGES = ("can't allocate memory", "not enough memory", "out of memory")
 """Of the RuntimeError that torch's CPU allocator raises, on Linux and on Windows, and of other devices' errors."""
-
-
-class Knob(NamedTuple):
-    """A setting to change, and what that saves."""
-
-    saves: int
-    """Bytes, at the peak."""
-    text: str
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -63,7 +56,8 @@ def explained(run: Run) -> Iterator[None]:
 
 def explain(run: Run, error: BaseException) -> str:
     """What was largest, the three settings that save most, and what the allocator said."""
-    generating = _happened_in(error, "/rollout/")
+    frames = traceback.walk_tb(error.__traceback__)
+    generating = any("/rollout/" in frame.f_code.co_filename for frame, _ in frames)
     lengths, heldout = (
         [len(ids) for ids in encode_prompts(run.tokenizer, [example.prompt for example in examples])]
         for examples in (run.task.train[:1000], run.task.heldout)
@@ -79,15 +73,15 @@ def explain(run: Run, error: BaseException) -> str:
         f"out of memory on {device} while {'generating' if generating else 'learning'}: {str(error).splitlines()[0]}",
         "largest (estimates, MiB): " + ", ".join(f"{name} {number / MIB:.0f}" for name, number in largest[:4]),
         "what would help most:",
-        *(f"  {knob.text}: saves about {knob.saves / MIB:.0f} MiB" for knob in knobs(run, work, parts)[:3]),
+        *(f"  {text}: saves about {saved / MIB:.0f} MiB" for saved, text in knobs(run, work, parts)[:3]),
     ]
     return "\n".join(lines)
 
 
-def knobs(run: Run, work: Workload, parts: dict[str, int]) -> list[Knob]:
-    """Settings of this run that save memory where it ran out, the one that saves most first."""
+def knobs(run: Run, work: Workload, parts: dict[str, int]) -> list[tuple[int, str]]:
+    """(bytes saved at the peak, the setting to change) where memory ran out, the one that saves most first."""
     config, device, shape = run.config, run.learner.ranks.device, run.model.config
-    found = []
+    found: list[tuple[int, str]] = []
     activations = parts.get(ACTIVATIONS, 0)
     largest = work.rows * work.row
     longest = work.longest_prompt + work.max_new_tokens
@@ -95,40 +89,30 @@ def knobs(run: Run, work: Workload, parts: dict[str, int]) -> list[Knob]:
         half = max(longest, largest // 2)
         smaller = activation_bytes(config, shape, device, replace(work, micro_batch_tokens=half))
         text = f"--micro_batch_tokens {half} (now {config.micro_batch_tokens}, of which {largest} are used)"
-        found.append(Knob(activations - smaller, text))
+        found.append((activations - smaller, text))
     if activations and not config.recompute_layers:
         less = activation_bytes(replace(config, recompute_layers=True), shape, device, work)
-        found.append(Knob(activations - less, "--recompute_layers true (a third more time)"))
+        found.append((activations - less, "--recompute_layers true (a third more time)"))
     if cache := parts.get(CACHE):
         shorter = max(1, work.max_new_tokens // 2)
         saved = cache * (work.max_new_tokens - shorter) // longest
-        found.append(Knob(saved, f"--max_new_tokens {shorter} (now {work.max_new_tokens})"))
+        found.append((saved, f"--max_new_tokens {shorter} (now {work.max_new_tokens})"))
         fewer = max(1, work.prompts // 2)
         if fewer < work.prompts:
-            found.append(Knob(cache // 2, f"--prompts_per_step {fewer} (now {work.prompts})"))
+            found.append((cache // 2, f"--prompts_per_step {fewer} (now {work.prompts})"))
     if "reference model" in parts:
-        found.append(Knob(parts["reference model"], "--beta 0 (no reference model)"))
+        found.append((parts["reference model"], "--beta 0 (no reference model)"))
     rest = sum(number for name, number in parts.items() if name in AT_REST)
     if not config.lora_rank:
         with sketched(replace(config, lora_rank=16), shape, device) as model:
             adapted = sum(memory_at_rest(model, reference=False).values()) // work.shards
-        found.append(Knob(rest - adapted, "--lora_rank 16 (adapters are trained, their reference costs nothing)"))
+        found.append((rest - adapted, "--lora_rank 16 (adapters are trained, their reference costs nothing)"))
     if gathered := parts.get(GATHERED_MODEL):
-        found.append(Knob(gathered, "--engine vllm_server (which samples elsewhere; see docs/scaling.md)"))
+        found.append((gathered, "--engine vllm_server (which samples elsewhere; see docs/scaling.md)"))
     if work.ranks > 1 and device.type == "cuda" and not config.cpu_offload:
-        found.append(Knob(rest, "--cpu_offload true (slower: the optimizer steps on the CPU)"))
+        found.append((rest, "--cpu_offload true (slower: the optimizer steps on the CPU)"))
     if device.type == "cuda":
         ranks = 2 * run.learner.ranks.size
-        found.append(
-            Knob(rest // 2, f"torchrun --nproc_per_node {ranks} --no-python repo-ops train ... (twice the ranks)")
-        )
-    return sorted((knob for knob in found if knob.saves > 0), key=lambda knob: -knob.saves)
-
-
-def _happened_in(error: BaseException, folder: str) -> bool:
-    trace = error.__traceback__
-    while trace is not None:
-        if folder in trace.tb_frame.f_code.co_filename:
-            return True
-        trace = trace.tb_next
-    return False
+        text = f"torchrun --nproc_per_node {ranks} --no-python repo-ops train ... (twice the ranks)"
+        found.append((rest // 2, text))
+    return sorted((knob for knob in found if knob[0] > 0), key=lambda knob: -knob[0])

@@ -26,7 +26,8 @@ CARD = """\
 # {title}
 
 {base}, trained with {method} on the task `{task}` by repo-ops {version}:
-{steps} steps of {prompts} prompts x {group} completions, learning rate {lr:g}, seed {seed}.
+{config.steps} steps of {config.prompts_per_step} prompts x {config.group_size} completions, \
+learning rate {config.lr:g}, seed {config.seed}.
 
 ## Result
 
@@ -149,11 +150,7 @@ def model_card(run: Run, found: Mapping[str, float]) -> str:
         method=f"`{config.objective}`" + (f" and {config.replay} replay" if config.replay else ""),
         task=run.task.name,
         version=version("repo-ops"),
-        steps=config.steps,
-        prompts=config.prompts_per_step,
-        group=config.group_size,
-        lr=config.lr,
-        seed=config.seed,
+        config=config,
         result="\n".join(f"| {label} | {value} |" for label, value in summary_rows({"": found})),
         name=config.push_to_hub or "path/to/this/folder",
         versions=", ".join(f"{each} {version(each)}" for each in ("torch", "transformers")),

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import wraps
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from repo_ops.trainer.distributed import decoder_layers
@@ -23,12 +23,10 @@ def recompute_layers(model: PreTrainedModel) -> None:
     transformers' own switch works in train mode only, and the policy stays in eval mode.
     """
     for layer in decoder_layers(model):
-        layer.forward = _recomputed(layer)
+        layer.forward = _recomputed(layer.forward)
 
 
-def _recomputed(layer: nn.Module) -> Any:
-    forward = layer.forward
-
+def _recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(forward)
     def run(*args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():

@@ -23,6 +23,8 @@ __all__ = ["CHECKPOINTS", "checkpoint_of", "moment", "restore", "snapshot"]
 
 CHECKPOINTS = "checkpoints"
 LIBRARIES = ("torch", "transformers", "repo-ops")
+OF_TRAINED: dict[str, Any] = {"ignore_frozen_params": True, "strict": False}
+"""Options of DCP: what is not trained is made again from the settings."""
 
 
 def moment(run: Run) -> dict[str, Any]:
@@ -42,12 +44,12 @@ def snapshot(
         at: `moment` before the following step, where that was begun and dropped; None: now.
         unfinished: metrics of the step, where its line is still to be written, and its evaluation to be made.
     """
-    from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict
+    from torch.distributed.checkpoint import state_dict
 
-    sharded: dict[str, Any] = {"model": get_model_state_dict(run.model, options=_options())}
-    optimizer = run.learner.optimizer
+    optimizer, options = run.learner.optimizer, state_dict.StateDictOptions(**OF_TRAINED)
+    sharded: dict[str, Any] = {"model": state_dict.get_model_state_dict(run.model, options=options)}
     if optimizer.state:  # before the first real step there is none, and asking for it would make AdamW count one
-        sharded["optimizer"] = get_optimizer_state_dict(run.model, optimizer, options=_options())
+        sharded["optimizer"] = state_dict.get_optimizer_state_dict(run.model, optimizer, options=options)
     own = {**(at or moment(run)), "buffer": None if run.buffer is None else run.buffer.state_dict()}
     header = {
         "settings": settings_as_json(run.config),
@@ -134,28 +136,21 @@ def restore(run: Run, checkpoint: Checkpoint) -> list[str]:
     said = [f"goes on from step {checkpoint.step} ({checkpoint.folder})"]
     if len(states) != ranks.size:
         said.append(f"the checkpoint is of {len(states)} ranks, here are {ranks.size}: results differ by rounding")
-    metrics = run.folder / METRICS
     if ranks.is_first:
-        metrics.write_bytes((checkpoint.folder / METRICS).read_bytes())
+        (run.folder / METRICS).write_bytes((checkpoint.folder / METRICS).read_bytes())
     return said
 
 
 def _load_weights(run: Run, checkpoint: Checkpoint) -> None:
-    from torch.distributed.checkpoint import FileSystemReader, load
-    from torch.distributed.checkpoint.state_dict import (
-        get_model_state_dict,
-        get_optimizer_state_dict,
-        set_model_state_dict,
-        set_optimizer_state_dict,
-    )
+    from torch.distributed.checkpoint import FileSystemReader, load, state_dict
 
-    optimizer = run.learner.optimizer
+    optimizer, options = run.learner.optimizer, state_dict.StateDictOptions(**OF_TRAINED)
     reader = FileSystemReader(checkpoint.folder)
     saved = reader.read_metadata().state_dict_metadata
-    state: dict[str, Any] = {"model": get_model_state_dict(run.model, options=_options())}
+    state: dict[str, Any] = {"model": state_dict.get_model_state_dict(run.model, options=options)}
     _check_model(state["model"], saved, checkpoint)
     if any(name.startswith("optimizer.") for name in saved):
-        state["optimizer"] = get_optimizer_state_dict(run.model, optimizer, options=_options())
+        state["optimizer"] = state_dict.get_optimizer_state_dict(run.model, optimizer, options=options)
         moments = state["optimizer"]["state"]
         for name in list(moments):  # a parameter that never had a gradient has no moments
             if not any(f"optimizer.state.{name}.{key}" in saved for key in moments[name]):
@@ -163,9 +158,9 @@ def _load_weights(run: Run, checkpoint: Checkpoint) -> None:
     with warnings.catch_warnings():  # DCP says at every load of a run without ranks that it has none
         warnings.simplefilter("ignore", UserWarning)
         load(state, storage_reader=reader)
-    set_model_state_dict(run.model, state["model"], options=_options())
+    state_dict.set_model_state_dict(run.model, state["model"], options=options)
     if "optimizer" in state:
-        set_optimizer_state_dict(run.model, optimizer, state["optimizer"], options=_options())
+        state_dict.set_optimizer_state_dict(run.model, optimizer, state["optimizer"], options=options)
 
 
 def _check_model(model: Mapping[str, Any], saved: Mapping[str, Any], checkpoint: Checkpoint) -> None:
@@ -177,12 +172,6 @@ def _check_model(model: Mapping[str, Any], saved: Mapping[str, Any], checkpoint:
             f"model: expected the one of checkpoint {checkpoint.folder}, where {name} is {shapes.get(name, 'absent')}, "
             f"got one where it is {mine.get(name, 'absent')}"
         )
-
-
-def _options() -> Any:
-    from torch.distributed.checkpoint.state_dict import StateDictOptions
-
-    return StateDictOptions(ignore_frozen_params=True, strict=False)
 
 
 def random_states(device: torch.device) -> dict[str, Any]:

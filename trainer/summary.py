@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from rich.console import Console
@@ -19,25 +20,21 @@ def summarize_run(lines: Sequence[Mapping[str, Any]], *, window: int = 5) -> dic
     found: dict[str, float] = {}
     if steps:
         rewards = [line["reward/mean"] for line in steps]
-        found["reward, first steps"] = _mean(rewards[:window])
-        found["reward, last steps"] = _mean(rewards[-window:])
+        found["reward, first steps"] = fmean(rewards[:window])
+        found["reward, last steps"] = fmean(rewards[-window:])
         replays = any(line["groups/effective_off"] for line in steps)  # else all effective groups are fresh
         for name in ("groups/effective", *(("groups/effective_on", "groups/effective_off") if replays else ())):
-            found[name] = _mean([line[name] for line in steps])
+            found[name] = fmean([line[name] for line in steps])
         for name in ("time/generate", "time/learner", "time/rest"):
             found[name] = sum(line[name] for line in steps)
         found["memory/peak_mb"] = max(line["memory/peak_mb"] for line in steps)
         ess = [line["off_policy/ess"] for line in steps if line.get("off_policy/ess") is not None]
         if ess:
-            found["off_policy/ess"] = _mean(ess)
+            found["off_policy/ess"] = fmean(ess)
     for when, line in zip(("before", "after"), (evaluated[:1], evaluated[-1:])):
         # a mean over nothing is logged as None; a resumed run may evaluate other things than it began with
         found |= {f"{k} {when}": v for each in line for k, v in each.items() if k.startswith("eval/") and v is not None}
     return found
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
 
 
 _ROWS = (
