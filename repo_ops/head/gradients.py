@@ -52,6 +52,7 @@ class ProductGradients:
             dhidden = gemm.hidden_grad(dlogits, hidden, self.product.weight)
             dhidden = dhidden if scale is None else dhidden.mul_(scale[:, None])
             if tp_group is not None:
+                dhidden = dhidden.to(self.accumulation_dtype)  # a sum over ranks in 16 bits is rounded at every one
                 dist.all_reduce(dhidden, group=tp_group)
             self.hidden[rows] = dhidden.to(self.hidden.dtype)
         if self.need_weight:

@@ -36,23 +36,26 @@ def combine(stats: RowStats, owned: Tensor, group: dist.ProcessGroup) -> RowStat
     peak = stats.row_max.clone()
     dist.all_reduce(peak, dist.ReduceOp.MAX, group=group)
     shift = stats.row_max - peak
-    share = (stats.log_sum + shift).exp()
-    target = torch.where(owned, stats.logps + stats.log_sum + shift, 0.0)
+    # a shard whose entries are all -inf has nothing to add, and no statistics of its own
+    masked = stats.row_max == -float("inf")
+    share = torch.where(masked, 0.0, (stats.log_sum + shift).exp())
+    own_target = torch.where(masked, -float("inf"), stats.logps + stats.log_sum + shift)
+    target = torch.where(owned, own_target, 0.0)
     sums = [share, target]
     if stats.entropy is not None:
         # sum of e^(z - peak) (z - peak) over the shard
         sums.append(torch.where(share > 0, share * (stats.log_sum - stats.entropy + shift), 0.0))
     if stats.sum_p2 is not None:
-        sums.append(stats.sum_p2 * share.square())
+        sums.append(torch.where(share > 0, stats.sum_p2 * share.square(), 0.0))
     if stats.is_argmax is not None:
         sums.append((owned & stats.is_argmax & (shift == 0)).to(share.dtype))
     joined = torch.stack(sums)
     dist.all_reduce(joined, group=group)
     log_total = joined[0].log()
     entropy = None if stats.entropy is None else (log_total - joined[2] / joined[0]).clamp_min(0.0)
-    log_sum = log_total - shift
-    entry_logps = stats.logps + stats.log_sum - log_sum
+    row_max, log_sum = torch.where(masked, 0.0, stats.row_max), torch.where(masked, 0.0, log_total - shift)
+    entry_logps = torch.where(masked, -float("inf"), stats.logps + stats.log_sum - log_sum)
     sum_p2 = None if stats.sum_p2 is None else joined[2 + (entropy is not None)] / joined[0].square()
     is_argmax = None if stats.is_argmax is None else joined[-1] > 0
     logps = (joined[1] - log_total).clamp_max(0.0)
-    return RowStats(logps, stats.row_max, log_sum, entropy, entry_logps, sum_p2, is_argmax)
+    return RowStats(logps, row_max, log_sum, entropy, entry_logps, sum_p2, is_argmax)

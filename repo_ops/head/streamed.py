@@ -36,7 +36,9 @@ def stats(head: HeadInputs, chunk: slice, tile: Tensor | None) -> RowStats:
     """
     found, peak = _stats(head, chunk, tile, None)
     if bool((peak.abs() > RANGE).any()):
-        found, _ = _stats(head, chunk, tile, found.row_max + peak)
+        masked = peak == -float("inf")  # all of the row, which may be one rank's shard of it
+        found, _ = _stats(head, chunk, tile, torch.where(masked, 0.0, found.row_max + peak))
+        found = found._replace(row_max=torch.where(masked, peak, found.row_max))
     return found
 
 

@@ -33,7 +33,8 @@ def stats_(tile: Tensor, targets: Tensor, scaling: Scaling, wanted: Wanted) -> R
         z = scale_(tile[block].to(dtype), scaling.rows(block))
         where = targets[block, None]
         peak = z.amax(1, keepdim=True)
-        z.sub_(peak)
+        # exponentials of a row of nothing but -inf are 0: it may be one rank's shard of a row
+        z.sub_(torch.where(peak == -float("inf"), 0.0, peak))
         target = z.gather(1, where)[:, 0]
         # p log p is 0 for a masked vocabulary entry, not 0 * -inf
         shifted = z.clamp_min(torch.finfo(dtype).min) if wanted.entropy else z
