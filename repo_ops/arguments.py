@@ -63,6 +63,12 @@ def check_shape(name: str, value: Tensor, shape: Sequence[int], like: str, remed
         )
 
 
+def check_device(name: str, value: Tensor, device: torch.device, like: str) -> None:
+    """Refuse a tensor on another device."""
+    if value.device != device:
+        raise ValueError(f"{name}: expected device {device} like {like}, got {value.device}; move it there first")
+
+
 def check_float(name: str, value: Tensor) -> None:
     """Refuse a tensor that is not of a floating dtype."""
     if value.dtype not in FLOATS:
@@ -106,6 +112,7 @@ def layout(tokens: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, name:
         raise ValueError(f"cu_seqlens: expected packed {name} [N], got {name} of shape {list(shape)}; drop cu_seqlens")
     if mask is not None:
         check_shape("mask", mask, shape, name)
+        check_device("mask", mask, device, name)
         check_values("mask", ((mask == 0) | (mask == 1)).all(), "bool or 0 and 1", "a weight goes into the advantages")
     num_sequences: int | None = shape[0] if tokens.ndim == 2 else None
     owner = None
@@ -131,7 +138,10 @@ def _sequence_lengths(cu_seqlens: Tensor, num_tokens: int) -> Tensor:
         or cu_seqlens.is_floating_point()
         or len(cu_seqlens) < 1
     ):
-        raise ValueError("cu_seqlens: expected integer boundaries [B + 1], starting with 0 and ending with N")
+        got = f"{cu_seqlens.dtype} {list(cu_seqlens.shape)}" if isinstance(cu_seqlens, Tensor) else repr(cu_seqlens)
+        raise ValueError(
+            f"cu_seqlens: expected integer boundaries [B + 1] as a tensor, from 0 to {num_tokens}, got {got}"
+        )
     lengths = cu_seqlens.to(torch.int64).diff()
     good = (cu_seqlens[0] == 0) & (cu_seqlens[-1] == num_tokens) & (lengths >= 0).all()
     check_values(

@@ -9,9 +9,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from repo_ops.arguments import Layout, check_float, check_number, check_shape, check_values
+from repo_ops.arguments import Layout, check_device, check_float, check_number, check_shape, check_values
 from repo_ops.head import shards
-from repo_ops.head.inputs import HeadInputs, Product
+from repo_ops.head.inputs import HeadInputs, Product, exact_dtype
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,7 +53,7 @@ def head_inputs(
     adapter_hidden, adapter_weight = settings.adapter or (None, None)
     tensors = {"hidden": hidden, "weight": weight, "bias": settings.bias}
     for name, value in {**tensors, "adapter[0]": adapter_hidden, "adapter[1]": adapter_weight}.items():
-        if value is not None:
+        if value is not None or name in ("hidden", "weight"):
             _check_head_tensor(name, value, targets.device)
     _check_product("hidden", hidden, "weight", weight, where)
     if settings.bias is not None:
@@ -79,7 +79,7 @@ def head_inputs(
         settings.bias,
         ids,
         where.rows,
-        _inv_temperature(settings.temperature, where, weight.device),
+        _inv_temperature(settings.temperature, where, weight.device, exact_dtype(hidden, weight)),
         float(settings.logit_scale),
         settings.softcap,
         adapter,
@@ -110,7 +110,7 @@ def _accumulates(weight: Tensor) -> bool:
     return True
 
 
-def _check_head_tensor(name: str, value: Tensor, device: torch.device) -> None:
+def _check_head_tensor(name: str, value: Tensor | None, device: torch.device) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
     module = sys.modules.get("torch.distributed.tensor")
@@ -121,8 +121,7 @@ def _check_head_tensor(name: str, value: Tensor, device: torch.device) -> None:
             "that owns the head (torch.distributed.fsdp.register_fsdp_forward_method), where the parameter is whole"
         )
     check_float(name, value)
-    if value.device != device:
-        raise ValueError(f"{name}: expected device {device} like targets, got {value.device}; move it there first")
+    check_device(name, value, device, "targets")
 
 
 def _check_product(name: str, hidden: Tensor, weight_name: str, weight: Tensor, where: Layout) -> None:
@@ -140,7 +139,9 @@ def _check_product(name: str, hidden: Tensor, weight_name: str, weight: Tensor, 
         )
 
 
-def _inv_temperature(temperature: float | Tensor, where: Layout, device: torch.device) -> Tensor | float:
+def _inv_temperature(
+    temperature: float | Tensor, where: Layout, device: torch.device, exact: torch.dtype
+) -> Tensor | float:
     if not isinstance(temperature, Tensor):
         remedy = "greedy decoding has none"
         return 1.0 / check_number("temperature", temperature, "a finite number > 0", above=0, remedy=remedy)
@@ -152,7 +153,8 @@ def _inv_temperature(temperature: float | Tensor, where: Layout, device: torch.d
     if where.owner is not None and tuple(temperature.shape) == (where.num_sequences,):
         live = temperature.to(device)[where.owner]
     else:
-        check_shape("temperature", temperature, where.shape, "targets")
+        per_sequence = f" (or [{where.num_sequences}], one per sequence)" if where.owner is not None else ""
+        check_shape("temperature", temperature, where.shape, f"targets{per_sequence}")
         live = where.take(temperature.to(device))
     check_values("temperature", ((live > 0) & live.isfinite()).all(), "finite numbers > 0", "greedy decoding has none")
-    return 1.0 / live.to(torch.promote_types(live.dtype, torch.float32))
+    return 1.0 / live.to(torch.promote_types(live.dtype, exact))

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from repo_ops.arguments import Layout, check_values, layout
+from repo_ops.first_order import first_order
 from repo_ops.head import gemm, support, sweep
 from repo_ops.head.gradients import Gradients
 from repo_ops.head.inputs import HeadInputs, RowStats, Wanted, exact_dtype
@@ -207,7 +208,7 @@ class _LinearPolicyLoss(torch.autograd.Function):
         return loss, stats.logps, stats.entropy
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_order
     def backward(ctx: Any, dloss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.grads is None:
             raise RuntimeError(

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from repo_ops.arguments import Layout, layout
+from repo_ops.first_order import first_order
 from repo_ops.head import gemm, support, sweep
 from repo_ops.head.gradients import Gradients
 from repo_ops.head.inputs import HeadInputs, RowStats, Wanted
@@ -110,7 +111,7 @@ class _LinearStats(torch.autograd.Function):
         return stats.logps, stats.entropy, stats.sum_p2, stats.is_argmax
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_order
     def backward(ctx: Any, dlogps: Tensor | None, dentropy: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         num_tensors = len(ctx.head.tensors)
         stats = RowStats(*ctx.saved_tensors[num_tensors:])

@@ -117,7 +117,9 @@ def loss_inputs(
     for name, values in given.items():
         if values is None and name in objective.reads:
             raise ValueError(f"{name}: expected a tensor, which this objective reads, got None")
-        live[name] = None if values is None else _live_logps(name, values, where)
+        live[name] = None if values is None else _live_logps(name, values, where, device)
+    if extras is not None and not isinstance(extras, Mapping):
+        raise TypeError(f"extras: expected a mapping of name to tensor, got {type(extras).__name__}")
     named = {name: _extra(name, values, where, num_sequences, owner) for name, values in (extras or {}).items()}
     if missing := sorted(objective.reads - {*given, "entropy", *named}):
         raise ValueError(
@@ -179,9 +181,10 @@ def _advantages(advantages: Tensor, where: Layout, num_sequences: int, owner: Te
     return per_token.to(torch.promote_types(per_token.dtype, torch.float32))
 
 
-def _live_logps(name: str, values: Tensor, where: Layout) -> Tensor:
+def _live_logps(name: str, values: Tensor, where: Layout, device: torch.device) -> Tensor:
     arguments.check_shape(name, values, where.shape, "targets", "drop the log-probability of the first prompt token")
     arguments.check_float(name, values)
+    arguments.check_device(name, values, device, "targets")
     live = where.take(values.detach())
     if name != "sampler_logps":  # an engine that reports NaN loses that token, not the step
         remedy = "an infinity or a NaN comes from a token that the policy could not have sampled: mask it"

@@ -54,6 +54,13 @@ def test_the_command_prints_every_method_and_says_that_it_predicts(capsys):
     assert all(name in printed for name in METHODS)
 
 
+def test_the_command_knows_the_devices_that_people_have(capsys):
+    cli.main(["plan", "--model", "Qwen3-8B", "--device", "all"])
+    printed = capsys.readouterr().out
+    for device in ("A100", "H100", "H200", "B200", "MI300X", "L4", "RTX4090"):
+        assert f"bfloat16, {device}: predicted" in printed
+
+
 def test_the_command_refuses_an_unknown_model(capsys):
     with pytest.raises(SystemExit, match="2"):
         cli.main(["plan", "--model", "gpt-9"])

@@ -46,6 +46,8 @@ def ids(*values):
 # what a head, whichever function it is given to, must refuse
 HEAD = [
     ({"hidden": [1.0]}, TypeError, "hidden: expected a tensor, got list"),
+    ({"hidden": None}, TypeError, "hidden: expected a tensor, got NoneType"),
+    ({"weight": None}, TypeError, "weight: expected a tensor, got NoneType"),
     ({"hidden": torch.ones(B, T, D, dtype=LONG)}, TypeError, "hidden: expected a floating dtype, got torch.int64"),
     ({"hidden": torch.randn(B, T + 1, D)}, ValueError, r"hidden: expected shape \[2, 3, 4\].*got \[2, 4, 4\]; .*shift"),
     ({"hidden": torch.randn(B, D)}, ValueError, r"hidden: expected shape \[2, 3, 4\].*got \[2, 4\]"),
@@ -74,8 +76,16 @@ HEAD = [
         r"targets: .*mask positions that predict nothing \(padding, -100\)",
     ),
     ({"mask": torch.ones(B, T + 1)}, ValueError, r"mask: expected shape \[2, 3\] like targets, got \[2, 4\]"),
+    ({"mask": torch.ones(B, T, device="meta")}, ValueError, "mask: expected device cpu like targets, got meta; move"),
     ({"mask": torch.ones(B)}, ValueError, r"mask: expected shape \[2, 3\] like targets, got \[2\]"),
     ({"mask": [[1] * T] * B}, TypeError, "mask: expected a tensor of shape.*got list"),
+    (
+        {"temperature": torch.ones(B + 1)},
+        ValueError,
+        r"temperature: .*\[2, 3\] like targets \(or \[2\], one per sequence\)",
+    ),
+    ({"support_ids": [[[1]]]}, TypeError, "support_ids: expected int64 token ids, -1 for padding, got list"),
+    ({"support_ids": torch.ones(B, T, 2, dtype=LONG, device="meta")}, ValueError, "support_ids: expected device cpu"),
     ({"temperature": 0.0}, ValueError, "temperature: expected a finite number > 0, got 0.0"),
     ({"temperature": -1}, ValueError, "temperature: expected a finite number > 0, got -1"),
     ({"temperature": NAN}, ValueError, "temperature: expected a finite number > 0, got nan"),
@@ -150,6 +160,8 @@ LOSS = [
         ValueError,
         "num_items: expected at least the 6 tokens of this call",
     ),
+    ({"old_logps": torch.zeros(B, T, device="meta")}, ValueError, "old_logps: expected device cpu.*got meta; move"),
+    ({"extras": [1]}, TypeError, "extras: expected a mapping of name to tensor, got list"),
     ({"num_items": -1}, ValueError, "num_items: expected finite counts >= 0, got -1"),
     ({"num_items": NAN}, ValueError, "num_items: expected finite counts >= 0, got nan"),
     ({"num_items": INF}, ValueError, "num_items: expected finite counts >= 0, got inf"),
@@ -182,7 +194,7 @@ LOSS = [
 
 PACKED = [
     ({"cu_seqlens": None}, ValueError, r"cu_seqlens: expected the boundaries \[B \+ 1\].*got None"),
-    ({"cu_seqlens": [0, 2, 6]}, ValueError, "cu_seqlens: expected integer boundaries"),
+    ({"cu_seqlens": [0, 2, 6]}, ValueError, r"cu_seqlens: expected integer boundaries.*0 to 6, got \[0, 2, 6\]"),
     ({"cu_seqlens": torch.tensor([0.0, 2.0, 6.0])}, ValueError, "cu_seqlens: expected integer boundaries"),
     ({"cu_seqlens": torch.tensor([[0, 2, 6]])}, ValueError, "cu_seqlens: expected integer boundaries"),
     ({"cu_seqlens": torch.tensor([], dtype=LONG)}, ValueError, "cu_seqlens: expected integer boundaries"),
@@ -346,6 +358,7 @@ def test_a_budget_that_does_not_hold_one_row_names_what_would():
     ],
 )
 def test_triton_says_why_it_cannot_run(monkeypatch, interpreted, changes, message):
+    pytest.importorskip("triton")  # torch's CPU builds bring none, and that is said first
     monkeypatch.setattr(triton_rows, "interpreted", lambda: interpreted)
     options = Options(backend="triton", logits_dtype=changes.get("logits_dtype"))
     with pytest.raises(ValueError, match=message):

@@ -7,7 +7,7 @@ import torch
 from truth import leaf, make_case, relative_error, scores, token_stats
 from watch import Watch
 
-from repo_ops import Options, linear_logps
+from repo_ops import Options, linear_logps, linear_policy_loss
 
 INF = float("inf")
 F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
@@ -68,7 +68,7 @@ def test_values_and_gradients(V, shape):
 
 
 # Qwen's and Gemma's vocabularies: rows that fill a block of the row arithmetic by themselves
-@pytest.mark.parametrize("V", [151665, 262144])
+@pytest.mark.parametrize("V", [151665, 151936, 262144])
 def test_real_vocabularies(V):
     compare(make_case(1, 3, 8, V))
 
@@ -111,6 +111,11 @@ def test_every_kind_of_head(head, bias):
 def test_temperature_tensors(shape, softcap):
     temperature = torch.rand(shape, generator=torch.Generator().manual_seed(3)) + 0.5
     compare(make_case(4, 6, DIM, 127, temperature=temperature, softcap=softcap, lengths=[6, 1, 0, 4]))
+
+
+def test_a_float32_temperature_costs_a_float64_head_no_digits():
+    # 0.7 as float32 is what it is; its inverse is taken in float64
+    compare(make_case(4, 6, DIM, 127, dtype=F64, temperature=torch.rand(4, 6) + 0.5), error=1e-12)
 
 
 def test_packed_equals_padded():
@@ -265,6 +270,21 @@ def test_backward_twice_with_a_retained_graph():
     logps = linear_logps(hidden, case.weight, case.targets).logps
     first = torch.autograd.grad(logps.sum(), hidden, retain_graph=True)[0]
     assert torch.equal(first, torch.autograd.grad(logps.sum(), hidden)[0])
+
+
+@pytest.mark.parametrize("what", ["logps", "support", "loss"])
+def test_a_second_derivative_is_refused(what):
+    # a gradient penalty would be without effect, and say nothing: the gradient has no graph
+    hidden, weight, targets = torch.randn(2, 3, 8, requires_grad=True), torch.randn(17, 8), torch.ones(2, 3).long()
+    if what == "loss":
+        value = linear_policy_loss(hidden, weight, targets, torch.ones(2)).loss
+    else:
+        ids = torch.arange(4).expand(2, 3, 4) if what == "support" else None
+        value = linear_logps(hidden, weight, targets, support_ids=ids).logps.sum()
+    (grad,) = torch.autograd.grad(value, hidden, create_graph=True)
+    assert grad.norm() > 0
+    with pytest.raises(RuntimeError, match="expected one differentiation of a fused head, got a second one"):
+        (value.detach() + grad.square().sum()).backward()
 
 
 def test_changing_the_weight_between_forward_and_backward_is_refused():

@@ -1,5 +1,7 @@
 """Log-probabilities over the tokens that a truncated sampler kept."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -49,6 +51,35 @@ def test_values_and_gradients_equal_a_masked_vocabulary(case):
     true = torch.autograd.grad((logps * weights[0] + entropy * weights[1]).sum(), tensors)
     assert relative(mine, true) < 1e-5
     assert found.logps[0, 0] == 0  # a row that kept nothing is certain of its target
+
+
+@pytest.mark.parametrize("shape", [(), (B,), (B, T)], ids=["scalar_tensor", "per_sequence", "per_token"])
+def test_temperature_tensors(case, shape):
+    targets, ids, tensors = case
+    h, w, b, low, up = tensors
+    temperature = torch.rand(shape) + 0.5
+    per_token = temperature[..., None] if len(shape) == 1 else temperature
+    head = {**HEAD, "temperature": temperature}
+    found = linear_logps(h, w, targets, bias=b, adapter=(low, up), support_ids=ids, **head)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(HEAD, "temperature", per_token.expand(B, T)[..., None])
+        logps, _ = truth(targets, ids, tensors)
+    torch.testing.assert_close(found.logps.double(), logps, atol=2e-6, rtol=0)
+    mine, true = (torch.autograd.grad(values.sum(), tensors) for values in (found.logps, logps))
+    assert relative(mine, true) < 1e-5
+
+
+@pytest.mark.parametrize("needs", list(itertools.product([False, True], repeat=3)))
+def test_every_combination_of_requires_grad(case, needs):
+    targets, ids, tensors = case
+    h, w, b, low, up = (t.detach().clone() for t in tensors)
+    wanted = [t.requires_grad_() for t, need in zip((h, w, b), needs, strict=True) if need]
+    found = linear_logps(h, w, targets, bias=b, adapter=(low, up), support_ids=ids, **HEAD)
+    assert found.logps.requires_grad == any(needs)
+    logps, _ = truth(targets, ids, [h, w, b, low, up])
+    if wanted:
+        mine, true = (torch.autograd.grad(values.sum(), wanted) for values in (found.logps, logps))
+        assert relative(mine, true) < 1e-5
 
 
 def test_policy_loss_over_a_support_equals_the_loss_of_its_logps(case):

@@ -40,7 +40,7 @@ class HeadInputs:
     rows: Tensor | None
     """[N] int64, ascending positions of the live rows in `hidden`; None where all are live."""
     inv_temperature: Tensor | float
-    """[N] float32 or one float: 1 / temperature."""
+    """[N] float32 (float64 for float64 inputs) or one float: 1 / temperature."""
     logit_scale: float = 1.0
     softcap: float | None = None
     adapter: Product | None = None

@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from repo_ops.arguments import Layout, check_values
+from repo_ops.arguments import Layout, check_device, check_values
+from repo_ops.first_order import first_order
 from repo_ops.head.gemm import without_autocast
 from repo_ops.head.inputs import HeadInputs, Scaling, Wanted
 from repo_ops.head.plan import Plan
@@ -46,12 +47,14 @@ def statistics(head: HeadInputs, support_ids: Tensor, where: Layout, plan: Plan,
     if head.accumulates:
         raise ValueError("support_ids: expected None with options.accumulate_weight_grad; leave that one False")
     if not isinstance(support_ids, Tensor) or support_ids.dtype not in (torch.int64, torch.int32):
-        raise TypeError("support_ids: expected int64 token ids, -1 for padding")
+        got = support_ids.dtype if isinstance(support_ids, Tensor) else type(support_ids).__name__
+        raise TypeError(f"support_ids: expected int64 token ids, -1 for padding, got {got}")
     if tuple(support_ids.shape[:-1]) != where.shape or not 0 < support_ids.shape[-1] <= MAX_SUPPORT:
         raise ValueError(
             f"support_ids: expected shape {[*where.shape, 'K']} with 0 < K <= {MAX_SUPPORT}, "
             f"got {list(support_ids.shape)}"
         )
+    check_device("support_ids", support_ids, head.targets.device, "targets")
     flat = support_ids.reshape(-1, support_ids.shape[-1])
     return SupportStats(*_OverSupport.apply(*head.tensors, head, flat, _chunk_rows(head, flat, plan), wanted))
 
@@ -76,7 +79,7 @@ class _OverSupport(torch.autograd.Function):
         return tuple(stats)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_order
     def backward(ctx: Any, dlogps: Tensor | None, dentropy: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         *tensors, support_ids, entropy = ctx.saved_tensors
         head, needs = ctx.head, ctx.needs_input_grad
