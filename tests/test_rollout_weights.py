@@ -24,7 +24,7 @@ def test_names_are_those_of_a_checkpoint(tied, tmp_path):
     model = llama(tied=tied)
     model.save_pretrained(tmp_path)
     saved = load_file(tmp_path / "model.safetensors")
-    sent = dict(full_weights(model))
+    sent = dict(full_weights(model, torch.float32))
     assert sent.keys() == saved.keys()
     assert ("lm_head.weight" in sent) is not tied
     assert all(torch.equal(sent[name], saved[name]) for name in saved)
@@ -39,7 +39,7 @@ def test_adapters_are_merged_and_left_alone():
                 parameter.normal_()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     expected = merge_lora(model, dict(model.state_dict()))
-    sent = dict(full_weights(model))
+    sent = dict(full_weights(model, torch.float32))
     assert sent.keys() == expected.keys()
     assert all(torch.equal(sent[name], expected[name]) for name in expected)
     # 2 layers x (q, down) + the head have changed
@@ -57,7 +57,7 @@ def test_adapters_on_transposed_layers_are_merged():
             if "lora_B" in name:
                 parameter.normal_()
     expected = merge_lora(model, dict(model.state_dict()))
-    sent = dict(full_weights(model))
+    sent = dict(full_weights(model, torch.float32))
     assert {"transformer.h.0.attn.c_attn.weight", "transformer.h.0.attn.c_proj.weight"} <= sent.keys()
     assert all(torch.equal(sent[name], expected[name]) for name in sent)
 
@@ -66,14 +66,14 @@ def test_an_adapter_on_a_tied_head_is_refused():
     model = llama(tied=True)
     add_lora(model, rank=2, alpha=2.0, targets=["lm_head"])
     with pytest.raises(EngineError, match="expected no adapter on a head that is tied"):
-        list(full_weights(model))
+        list(full_weights(model, torch.float32))
 
 
 def test_weights_that_transformers_converts_are_refused():
     model = llama(tied=False)
     model._weight_conversions = ["stacked experts"]
     with pytest.raises(EngineError, match="named as in its checkpoint, got LlamaForCausalLM"):
-        list(full_weights(model))
+        list(full_weights(model, torch.float32))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
@@ -137,7 +137,7 @@ def test_the_worker_reads_and_takes_over_a_folder(tmp_path):
     with torch.no_grad():
         for parameter in policy.parameters():
             parameter.add_(1.0)
-    weights = {name: tensor.contiguous() for name, tensor in full_weights(policy)}
+    weights = {name: tensor.contiguous() for name, tensor in full_weights(policy, torch.float32)}
     names = sorted(weights)
     save_file({name: weights[name] for name in names[:3]}, tmp_path / "0.safetensors")
     save_file({name: weights[name] for name in names[3:]}, tmp_path / "1.safetensors")

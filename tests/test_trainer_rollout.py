@@ -13,7 +13,14 @@ from sampled import gap, true_logps
 from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig
 
 from repo_ops.trainer.models import TinyModel, load_model
-from repo_ops.trainer.rollout import Completion, GenerationStopped, SamplingSettings, encode_prompts, never
+from repo_ops.trainer.rollout import (
+    Completion,
+    GenerationStopped,
+    SamplingSettings,
+    encode_prompts,
+    never,
+    prompt_seeds,
+)
 from repo_ops.trainer.rollout.hf import HFGenerate, stop_token_ids
 from repo_ops.trainer.rollout.sampler import inverse_cdf, truncated
 
@@ -83,6 +90,14 @@ def test_the_seed_decides_and_the_global_random_state_is_left_alone(tiny):
     assert tokens(engine.generate(PROMPTS, replace(SETTINGS, seed=6))) != tokens(first)
     # equal prompts are different rows, with numbers of their own
     assert tokens(first[:1]) != tokens(first[3:])
+
+
+def test_ranks_that_share_prompts_out_draw_what_one_would():
+    """Also for a prompt that another rank has had before: its second row has numbers of its own everywhere."""
+    alone = prompt_seeds(PROMPTS, SETTINGS)
+    assert alone[0] != alone[3]
+    shared = [prompt_seeds(PROMPTS[i : i + 2], replace(SETTINGS, earlier=tuple(PROMPTS[:i]))) for i in (0, 2)]
+    assert shared[0] + shared[1] == alone
 
 
 def test_the_first_token_follows_the_model_s_distribution(tiny):

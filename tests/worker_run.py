@@ -48,7 +48,7 @@ def main():
     say("each prompt is kept on one rank", all(kept) and len(kept[0]) + len(kept[1]) == len({*kept[0], *kept[1]}) == 8)
 
     sampling = SamplingSettings(num_samples=2, max_new_tokens=5, temperature=1.0, seed=3)
-    prompts = ["r:abc=", "r:de=", "r:f="]
+    prompts = ["r:abc=", "r:de=", "r:f=", "r:abc="]  # one twice, the second time on the other rank
     everything = run.engine.generate(prompts, sampling)
     say("completions are the same everywhere", ranks.gather(everything)[0] == everything)
     with whole(run.model):  # one rank generates, and generates more, while the other has nothing to do

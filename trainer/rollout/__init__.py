@@ -67,6 +67,9 @@ class SamplingSettings:
     top_logps: int = 0
     """K most probable tokens to report at each place; those that top_k or top_p cut off have -inf. 0 reports none."""
 
+    earlier: tuple[str, ...] = ()
+    """Prompts that other ranks sample, and that one rank would sample before these."""
+
     def check(self, num_tokens: int) -> None:
         """Raises ValueError for a setting out of range; num_tokens: size of the vocabulary."""
         rules = {
@@ -122,15 +125,15 @@ def never() -> bool:
     return False
 
 
-def prompt_seeds(prompts: Sequence[str], seed: int) -> list[int]:
-    """A seed below 2^62 for the completions of each prompt; a prompt that comes again in the list has another.
+def prompt_seeds(prompts: Sequence[str], settings: SamplingSettings) -> list[int]:
+    """A seed below 2^62 for the completions of each prompt; a prompt that comes again has another.
 
     It does not depend on the other prompts, so that ranks that share them out sample what one rank would.
     """
-    seen: Counter[str] = Counter()
+    seen = Counter(settings.earlier)
     seeds = []
     for prompt in prompts:
-        key = f"{seed} {seen[prompt]} ".encode() + prompt.encode("utf-8", "surrogatepass")
+        key = f"{settings.seed} {seen[prompt]} ".encode() + prompt.encode("utf-8", "surrogatepass")
         seeds.append(int.from_bytes(blake2b(key, digest_size=8).digest(), "big") >> 2)
         seen[prompt] += 1
     return seeds

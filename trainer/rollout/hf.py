@@ -101,7 +101,7 @@ class HFGenerate:
         encoded = encode_prompts(self.tokenizer, prompts)
         owners = [i for i in range(len(prompts)) for _ in range(num_samples)]
         uniforms = torch.empty(len(prompts), num_samples, settings.max_new_tokens, dtype=torch.float64)
-        for row, seed in zip(uniforms, prompt_seeds(prompts, settings.seed)):
+        for row, seed in zip(uniforms, prompt_seeds(prompts, settings)):
             row.uniform_(generator=torch.Generator().manual_seed(seed))
         uniforms = uniforms.flatten(0, 1)
         order = sorted(range(len(owners)), key=lambda row: len(encoded[owners[row]]))
@@ -114,7 +114,7 @@ class HFGenerate:
                 rows = order[start : start + self.max_batch_size]
                 sampler.begin(uniforms[rows].to(self.model.device))
                 self._generate_batch([encoded[owners[row]] for row in rows], sampler)
-                if not sampler.all_finite():
+                if not sampler.logps.isfinite().all():
                     raise EngineError(NOT_FINITE)
                 completions.update(zip(rows, self._completions(sampler)))
         return [[completions[i * num_samples + j] for j in range(num_samples)] for i in range(len(prompts))]
@@ -150,7 +150,7 @@ class HFGenerate:
             if len(live) < len(ids):
                 ids, mask = ids[live], mask[live]
                 cache.batch_select_indices(live)
-                sampler.keep(live)
+                sampler.rows = sampler.rows[live]
             # comes back when a share of the sequences has ended, so that these leave the batch
             new = self.model.generate(
                 ids,

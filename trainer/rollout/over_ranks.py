@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from repo_ops.trainer.distributed import Ranks, whole
@@ -11,8 +12,6 @@ from repo_ops.trainer.rollout import Completion, EngineError, GenerationStopped,
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-__all__ = ["OverRanks"]
 
 
 class OverRanks:
@@ -57,11 +56,14 @@ class OverRanks:
             GenerationStopped: on all ranks, where `should_stop` came true on any.
             EngineError, ValueError: on all ranks, where an engine failed on any, or refused what it was asked for.
         """
+        places = self.ranks.slice(range(len(prompts)))
+        mine = [prompts[i] for i in places]
+        settings = replace(settings, earlier=tuple(prompts[: places[0]] if places else ()))
         found: list[list[Completion]] | None = None
         failed: Exception | None = None
         with nullcontext() if self.samples_from is None else whole(self.samples_from):
             try:  # whatever happens here, the others wait for this rank
-                found = self.engine.generate(list(self.ranks.slice(prompts)), settings)
+                found = self.engine.generate(mine, settings)
             except GenerationStopped:
                 pass
             except (EngineError, ValueError) as error:

@@ -32,16 +32,9 @@ class Sampler(LogitsProcessor):
         self.top_logps = self.logps.new_zeros(*uniforms.shape, self.settings.top_logps)
         # which tokens the draw was among, by row and step; there is nothing to say where it was all of them
         self.kept_ids: list[dict[int, tuple[int, ...]]] = [{} for _ in range(len(uniforms))]
+        # of the sequences that still run, their rows
         self.rows = torch.arange(len(uniforms), device=uniforms.device)
         self.prompt_width = 0
-
-    def all_finite(self) -> bool:
-        """Whether every token of the batch had a probability."""
-        return bool(self.logps.isfinite().all())
-
-    def keep(self, live: Tensor) -> None:
-        """Goes on with these of the present sequences only. live: [n] positions among them."""
-        self.rows = self.rows[live]
 
     def draw(self, input_ids: Tensor, logits: Tensor) -> Tensor:
         """The next token [B] after input_ids [B, T], from logits [B, V]."""
@@ -95,7 +88,7 @@ def inverse_cdf(logps: Tensor, uniforms: Tensor) -> Tensor:
     total = cdf[:, -1:]
     # rounding may lift u * total to total itself, which no token exceeds
     threshold = torch.minimum(uniforms[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
-    # no NaN exceeds one either: the last token stands for it, until `all_finite` is asked
+    # no NaN exceeds one either: the last token stands for it, until somebody looks for finite log-probabilities
     return torch.searchsorted(cdf, threshold, right=True).squeeze(1).clamp_max(logps.shape[1] - 1)
 
 

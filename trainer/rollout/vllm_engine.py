@@ -7,6 +7,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
+
 from repo_ops.trainer.rollout import (
     Completion,
     EngineError,
@@ -112,8 +114,12 @@ class VLLMEngine(ABC):
             "frequency_penalty": 0.0,
         }
         # below 2^62: adding the number of a sample stays within 64 bits
-        found = self._run(encoded, prompt_seeds(prompts, settings.seed), arguments)
+        found = self._run(encoded, prompt_seeds(prompts, settings), arguments)
         return [self._group(settings, samples) for samples in found]
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return getattr(torch, self._limits["dtype"])
 
     def _check(self, settings: SamplingSettings) -> None:
         settings.check(self._num_tokens)

@@ -88,9 +88,7 @@ class VLLMInProcess(VLLMEngine):
         return [[_drawn(sample) for sample in sorted(o.outputs, key=lambda each: each.index)] for o in outputs]
 
     def _to_send(self, sent: dict[str, Digest]) -> Iterable[tuple[str, Tensor]]:
-        dtype = getattr(torch, self._limits["dtype"])
-        for name, weight in full_weights(self.model):
-            weight = weight.to(dtype)
+        for name, weight in full_weights(self.model, self._dtype):
             sent[name] = Digest.of(weight)
             yield name, weight
 

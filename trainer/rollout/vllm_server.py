@@ -11,7 +11,6 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from repo_ops.trainer.distributed import Ranks
@@ -28,7 +27,6 @@ START = (
     "start it with: VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --logprobs-mode processed_logprobs "
     f"--worker-extension-cls {EXTENSION}, and repo-ops installed beside it"
 )
-FILE_BYTES = 2 * 1024**3
 FOLDER, LOCK = "repo-ops-weights-", "lock"
 
 
@@ -67,9 +65,9 @@ class VLLMServer(VLLMEngine):
         """As VLLMEngine says. All ranks gather the weights and all raise alike; the first sends them."""
         with ExitStack() as files:
             outbox = _Outbox(self.settings.folder, files) if self.ranks.is_first else None
-            for name, weight in full_weights(self.model):
+            for name, weight in full_weights(self.model, self._dtype):
                 if outbox is not None:
-                    outbox.add(name, weight.to(getattr(torch, self._limits["dtype"])))
+                    outbox.add(name, weight)
             self._held = self.ranks.from_first(lambda: self._send(outbox))
         self.version = version
 
@@ -132,57 +130,42 @@ class VLLMServer(VLLMEngine):
 
 
 class _Outbox:
-    """Safetensors files in a new folder, of about 2 GiB each, and the digests of what is in them.
+    """A safetensors file for each weight, in a new folder that `files` removes at its end, and their digests.
 
     The folder is locked while this process lives, so that `remove_left_behind` can tell.
     A failure is kept until `close`: the other ranks still gather, and would wait for this one for ever.
-
-    Args:
-        files: removes the folder at its end.
     """
 
     def __init__(self, parent: str, files: ExitStack) -> None:
         self.sent: dict[str, Digest] = {}
         self._parent = parent
-        self._files = files
-        self._folder: Path | None = None
         self._error: Exception | None = None
-        self._batch: dict[str, Tensor] = {}
+        try:
+            folder = tempfile.TemporaryDirectory(dir=parent, prefix=FOLDER, ignore_cleanup_errors=True)
+            self._folder = Path(files.enter_context(folder))
+            self._folder.chmod(0o755)  # the server may be another user's
+            fcntl.flock(files.enter_context((self._folder / LOCK).open("w")), fcntl.LOCK_EX)
+        except OSError as error:
+            self._error = error
 
     def add(self, name: str, weight: Tensor) -> None:
+        from safetensors.torch import save_file
+
         self.sent[name] = Digest.of(weight)
-        self._batch[name] = weight.contiguous().cpu()
-        if sum(tensor.nbytes for tensor in self._batch.values()) >= FILE_BYTES:
-            self._write()
+        if self._error is None:
+            try:
+                save_file({name: weight.contiguous().cpu()}, self._folder / f"{len(self.sent):05d}.safetensors")
+            except Exception as error:  # safetensors has errors of its own
+                self._error = error
 
     def close(self) -> Path:
-        """The folder, with all that was added.
-
-        Raises:
-            EngineError: it could not be written.
-        """
-        self._write()
-        if self._error is not None or self._folder is None:
+        """The folder, with all that was added; raises EngineError where it could not be written."""
+        if self._error is not None:
             raise EngineError(
                 f"engine: the weights could not be written to {self._parent} ({self._error}); set "
                 "--engine_args.weights_dir to a folder with room that the server sees, too"
             ) from self._error
         return self._folder
-
-    def _write(self) -> None:
-        from safetensors.torch import save_file
-
-        try:
-            if self._folder is None:
-                folder = tempfile.TemporaryDirectory(dir=self._parent, prefix=FOLDER, ignore_cleanup_errors=True)
-                self._folder = Path(self._files.enter_context(folder))
-                self._folder.chmod(0o755)  # the server may be another user's
-                fcntl.flock(self._files.enter_context((self._folder / LOCK).open("w")), fcntl.LOCK_EX)
-            if self._batch and self._error is None:
-                save_file(self._batch, self._folder / f"{len(self.sent):09d}.safetensors")
-        except Exception as error:  # safetensors has errors of its own
-            self._error = error
-        self._batch = {}
 
 
 def remove_left_behind(parent: str) -> None:

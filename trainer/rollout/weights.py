@@ -35,11 +35,11 @@ class Digest(NamedTuple):
         return cls(tensor.numel(), str(tensor.dtype).removeprefix("torch."), bits)
 
 
-def full_weights(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
-    """(checkpoint name, whole tensor) of every parameter of a transformers model, one at a time; tied ones once.
+def full_weights(model: PreTrainedModel, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    """(checkpoint name, whole tensor in `dtype`) of every parameter of a transformers model, one at a time.
 
-    A sharded parameter is gathered, so every rank must go through all of them. A LoRA adapter is added to a copy of
-    the weight that it adapts; the model is not touched.
+    Tied ones come once. A sharded parameter is gathered, so every rank must go through all of them. A LoRA adapter is
+    added to a copy of the weight that it adapts; the model is not touched.
 
     Raises:
         EngineError: transformers converts the weights of this model as it loads them, such as the experts of a mixture
@@ -67,7 +67,7 @@ def full_weights(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
         name = name.replace(".base_layer.", ".")
         for wrapper in WRAPPERS:
             name = name.replace(wrapper, "")
-        yield name, weight
+        yield name, weight.to(dtype)
 
 
 def compare_weights(sent: Mapping[str, Digest], workers: Sequence[Mapping[str, Any]]) -> int:
