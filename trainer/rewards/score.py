@@ -14,7 +14,7 @@ from typing import Any
 from repo_ops.trainer.rewards.child import CallFailed, Child, ChildLost
 from repo_ops.trainer.rewards.serve import describe, plain
 
-__all__ = ["RewardFunction", "Scores", "accepted_columns", "missing_columns", "score"]
+__all__ = ["RewardFunction", "Scores", "missing_columns", "score"]
 
 # f(prompts, completions, **columns) -> one number a completion; None leaves that sample out, an exception too
 RewardFunction = Callable[..., Any]
@@ -78,14 +78,6 @@ def score(
     return Scores(totals, parts, errors, timeouts)
 
 
-def accepted_columns(function: RewardFunction, columns: Sequence[str]) -> list[str]:
-    """Those of the columns that the function has a parameter for; all of them where it takes **columns."""
-    parameters = inspect.signature(function).parameters.values()
-    if any(p.kind is p.VAR_KEYWORD for p in parameters):
-        return list(columns)
-    return [name for name in columns if name in {p.name for p in parameters if p.kind is not p.VAR_POSITIONAL}]
-
-
 def missing_columns(function: RewardFunction, columns: Sequence[str]) -> list[str]:
     """Parameters that the function insists on and that are no column."""
     wanted = [
@@ -106,7 +98,10 @@ def _arguments(function: RewardFunction, batch: _Batch) -> tuple[list[Any], dict
         positional = ["prompts", "completions"]
         # f(question, text) may be asked about data that have a column "question"
         taken = [p.name for p in list(parameters.values())[:2] if p.kind is p.POSITIONAL_OR_KEYWORD]
-    names = accepted_columns(function, [name for name in batch if name not in (*positional, *taken)])
+    accepted = {p.name for p in parameters.values() if p.kind is not p.VAR_POSITIONAL}
+    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        accepted |= set(batch)
+    names = [name for name in batch if name in accepted and name not in (*positional, *taken)]
     return [list(batch[name]) for name in positional], {name: list(batch[name]) for name in names}
 
 
