@@ -61,7 +61,7 @@ class Case:
         )
         assert isinstance(metrics, tuple)
         assert loss.shape == ()
-        assert loss.dtype == torch.float32
+        assert all(x.dtype == torch.float32 for x in (loss, *metrics))
         loss.backward()
         return [loss.detach(), *metrics, *(x.grad for x in leaves)]
 
@@ -157,6 +157,38 @@ def test_half_precision_is_nearer_to_the_truth_than_ligers(liger):
         assert errors[0] <= errors[1]
 
 
+@pytest.mark.parametrize(("loss", "level"), KINDS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_constants_of_another_precision_are_read_as_liger_reads_them(liger, loss, level, dtype):
+    settings = {"loss_type": loss, "importance_sampling_level": level, "beta": 0.07, "use_bias_correction_kl": True}
+    case = Case(7)
+    case.advantages, case.old, case.ref = (x.to(dtype) for x in (case.advantages, case.old, case.ref))
+    case.ratios = {shape: None if x is None else x.to(dtype) for shape, x in case.ratios.items()}
+    for ratio in (None, "[B, T]"):
+        given = {**settings, **cap(loss), "ratio": ratio}
+        same(case.run(ours, **given), case.run(liger, **given))
+
+
+def test_advantages_may_be_integers_and_the_head_float64(liger):
+    case = Case(7)
+    case.advantages = case.advantages.sign().to(torch.int64)
+    same(case.run(ours), case.run(liger))
+    case.hidden, case.weight, case.bias = (x.double() for x in (case.hidden, case.weight, case.bias))
+    same(case.run(ours, beta=0.07), case.run(liger, beta=0.07))
+
+
+@pytest.mark.parametrize(("loss", "level"), KINDS)
+def test_what_is_given_is_constant_even_with_a_graph(liger, loss, level):
+    settings = {"loss_type": loss, "importance_sampling_level": level, "beta": 0.07, "use_bias_correction_kl": True}
+    want = Case(8).run(liger, ratio="[B, T]", **settings, **cap(loss))
+    case = Case(8)
+    given = [case.advantages, case.old, case.ref, case.ratios["[B, T]"]]
+    for tensor in given:
+        tensor.requires_grad_()
+    same(case.run(ours, ratio="[B, T]", **settings, **cap(loss)), want)
+    assert all(tensor.grad is None for tensor in given)
+
+
 POSITIONAL = (0.07, 0.15, 0.3, "dr_grpo", 16, "token", 1.0, 1.05, 1.3, False, True, 2)
 
 
@@ -197,6 +229,25 @@ def test_masked_tokens_cannot_overflow_into_the_loss(liger):
     same(found, case.run(liger, loss_type="grpo"))
 
 
+@pytest.mark.parametrize("name", ["old", "ref"])
+def test_ratios_and_kl_stay_finite_where_ligers_do_not(liger, name):
+    case = Case(6)
+    shift = torch.tensor([[-120.0 if name == "old" else 120.0]])
+    setattr(case, name, getattr(case, name) + shift)
+    assert all(x.isfinite().all() for x in case.run(ours, beta=0.07))
+    assert not case.run(liger, beta=0.07)[0].isfinite()
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_padding_that_luspo_counts_holds_ids_of_the_vocabulary(level):
+    case = Case(0)
+    case.ids = torch.where(case.mask > 0, case.ids, -100)
+    settings = {"importance_sampling_level": level, "beta": 0.07}
+    case.run(ours, loss_type="grpo", **settings)
+    with pytest.raises(ValueError, match="selected_token_ids: expected ids from 0 to 36, masked or not; luspo counts"):
+        case.run(ours, loss_type="luspo", **settings)
+
+
 def test_a_delta_that_no_one_reads_is_told(liger):
     with pytest.warns(UserWarning, match="delta: loss_type 'cispo' does not read it"):
         found = Case(0).run(ours, loss_type="cispo", epsilon_high=5.0, delta=2.0)
@@ -216,6 +267,8 @@ def test_a_delta_that_no_one_reads_is_told(liger):
         ({"beta": 0.1, "ref_per_token_logps": None}, "ref_per_token_logps: expected them or ref_input"),
         ({"beta": 0.1, "ref_per_token_logps": None, "ref_input": torch.zeros(B, T, D)}, "ref_weight: expected"),
         ({"epsilon_low": -0.1}, "eps_low: expected"),
+        ({"beta": -0.1, "loss_type": "luspo"}, "beta: expected a number >= 0"),
+        ({"vespo_k_neg": -1.0, "loss_type": "vespo"}, "k_neg: expected"),
         ({"temperature": 0.0}, "temperature: expected"),
     ],
 )

@@ -7,8 +7,9 @@ Nothing of Liger is needed or imported. What is the same, bit by bit of its beha
 counting padding where its per-token losses are a matrix, VESPO counting the ratios of masked tokens, the metrics.
 
 What differs, on purpose: log-probabilities are exact in float32 where Liger rounds 16-bit logits; a masked token cannot
-overflow into the loss; gradients are handed over once, so a second backward of one loss is refused; a mask other than 0
-and 1, widths below 0, a `delta` below 1 + epsilon_high and an FSDP-sharded weight are refused by name.
+overflow into the loss, and no exponential beyond exp(70) enters it; gradients are handed over once, so a second
+backward of one loss is refused; refused by name are a mask other than 0 and 1, widths, a `beta` or a `vespo_k` below 0,
+a `delta` below 1 + epsilon_high, an FSDP-sharded weight, and ids outside the vocabulary in padding that LUSPO counts.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from repo_ops.arguments import check_shape
+from repo_ops.arguments import check_shape, check_values
 from repo_ops.integrations import given_weight
 from repo_ops.kl import k3
 from repo_ops.linear_logps import linear_logps
@@ -83,6 +84,8 @@ class _Settings:
                 f"importance_sampling_level: Sequence-level importance sampling is not supported for loss_type={loss!r}"
                 ", as in Liger; use 'token'"
             )
+        if not self.beta >= 0:
+            raise ValueError(f"beta: expected a number >= 0, got {self.beta}")
         if loss == "dr_grpo" and self.max_completion_length is None:
             raise ValueError("max_completion_length: expected a number of tokens for loss_type 'dr_grpo', got None")
         if self.delta is not None and loss in TOKEN_LEVEL_ONLY:
@@ -119,7 +122,7 @@ class _Step:
     mask: Tensor
     """[B, T] bool."""
     advantages: Tensor
-    """[B]."""
+    """[B] float32."""
     ref_logps: Tensor | None
     """[B, T]; None where there is no KL."""
     old_logps: Tensor | None
@@ -181,15 +184,15 @@ class LigerFusedLinearGRPOFunction:
         ref_head = (ref_input, ref_weight, ref_bias)
         step = _Step(
             mask,
-            advantages,
+            advantages.detach().to(torch.float32),
             _ref_logps(settings, ref_per_token_logps, ref_head, selected_token_ids, mask) if use_ref_model else None,
-            old_per_token_logps,
-            None if vllm_is_ratio is None else _sampler_ratio(vllm_is_ratio, mask),
+            _constant(old_per_token_logps),
+            None if vllm_is_ratio is None else _sampler_ratio(vllm_is_ratio.detach(), mask),
             _num_items(settings, mask, num_items_in_batch),
         )
         head = {"bias": bias, "temperature": float(temperature)}
         loss, logps = _loss(settings, step, _input, weight, selected_token_ids, head)
-        return loss, _metrics(settings, step, logps)
+        return loss.to(torch.float32), tuple(metric.to(torch.float32) for metric in _metrics(settings, step, logps))
 
 
 liger_fused_linear_grpo = LigerFusedLinearGRPOFunction.apply
@@ -300,6 +303,11 @@ def _mask(attention_mask: Tensor, ids: Tensor) -> Tensor:
     return mask
 
 
+def _constant(logps: Tensor | None) -> Tensor | None:
+    """Given log-probabilities as Liger reads them: without a graph, in float32."""
+    return None if logps is None else logps.detach().to(torch.float32)
+
+
 def _ref_logps(
     settings: _Settings,
     given: Tensor | None,
@@ -317,7 +325,7 @@ def _ref_logps(
     if given is not None and hidden is not None:
         warnings.warn("Both ref_per_token_logps and ref_input are provided. Using ref_per_token_logps.", stacklevel=3)
     if not settings.beta or given is not None:
-        return given if settings.beta else None
+        return _constant(given) if settings.beta else None
     if hidden is None or weight is None:
         raise ValueError("ref_weight: expected the head [V, H] of the reference beside ref_input, got None")
     mask_given = None if settings.loss_type == "luspo" else mask
@@ -362,6 +370,10 @@ def _loss(
             hidden, weight, ids, num_items=step.num_items, **_policy_arguments(settings, step, beta), **head
         )
         return found.loss, found.logps
+    if settings.loss_type == "luspo":
+        vocabulary = (ids >= 0) & (ids < len(weight))
+        remedy = "luspo counts padding, as in Liger; pad with a token"
+        check_values("selected_token_ids", vocabulary.all(), f"ids from 0 to {len(weight) - 1}, masked or not", remedy)
     # LUSPO's padding and the KL at sequence level are no sum over live tokens: 4 passes instead of 3
     logps = linear_logps(hidden, weight, ids, mask=None if settings.loss_type == "luspo" else step.mask, **head).logps
     if settings.loss_type == "luspo" and settings.importance_sampling_level == "token":
@@ -383,7 +395,7 @@ def _policy_arguments(settings: _Settings, step: _Step, beta: float) -> dict[str
         if settings.loss_type == "vespo":
             ratio = given_weight.vespo_weight(ratio)  # over all columns, masked ones too
         elif settings.loss_type == "luspo" and settings.importance_sampling_level == "sequence":
-            ratio = ratio.reshape(len(ratio), -1).mean(1)  # over all columns
+            ratio = ratio.reshape(len(ratio), -1).to(torch.float32).mean(1)  # over all columns
         extras = {given_weight.NAME: ratio}
     return {
         "objective": objective,
