@@ -54,6 +54,14 @@ def test_hidden_gradient(hidden_dtype, weight_dtype):
     assert relative_error(found, dlogits.double() @ weight.double()) <= bound
 
 
+@pytest.mark.parametrize(("rows", "dim"), [(1, 24), (3, 24), (24, 8)])
+def test_few_rows_or_columns_are_not_summed_term_by_term(rows, dim):
+    # all of one sign, as probabilities are: the worst case for a sum in one go, of as many terms as a real vocabulary
+    dlogits, weight = torch.randn(rows, 151665).softmax(-1), torch.rand(151665, dim)
+    found = gemm.hidden_grad(dlogits, torch.zeros(rows, dim), weight)
+    assert relative_error(found, dlogits.double() @ weight.double()) <= 1e-6
+
+
 @pytest.mark.parametrize(("hidden_dtype", "weight_dtype"), PAIRS, ids=str)
 def test_weight_gradient_writes_first_and_then_adds(hidden_dtype, weight_dtype):
     hidden, weight = operands(hidden_dtype, weight_dtype)
@@ -115,3 +123,23 @@ def test_float16_dlogits_keep_what_small_probabilities_carry(monkeypatch):
     logps = (wide[0] @ wide[1].T).log_softmax(-1).gather(-1, targets[..., None])
     for ours, truth in zip(found, torch.autograd.grad(-scale * logps.mean(), wide)):
         assert (ours.double() - truth).norm() <= 2e-3 * truth.norm()
+
+
+@pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
+def test_a_processor_without_products_of_16_bits(monkeypatch, dtype):
+    # there the products go through float32 operands, slice by slice; both roads agree with float64
+    monkeypatch.setattr(gemm, "_cpu_multiplies", lambda dtype: False)
+    monkeypatch.setattr(gemm, "PRODUCT_BYTES", 100 * DIM * 4)
+    hidden, weight = operands(dtype, dtype)
+    z = hidden.double() @ weight.double().t()
+    tile, twice = torch.empty(2, ROWS, V, dtype=dtype)
+    gemm.logits_(tile, hidden, weight)
+    gemm.logits_(twice.copy_(tile), hidden, weight, add=True)
+    rounding = torch.finfo(dtype).eps
+    assert relative_error(tile, z) <= rounding
+    assert relative_error(twice, 2 * z) <= 2 * rounding
+    assert relative_error(gemm.hidden_grad(tile, hidden, weight), tile.double() @ weight.double()) <= 1e-6
+    total = torch.full((V, DIM), float("nan"))
+    for first in (True, False):
+        gemm.add_weight_grad_(total, tile, hidden, weight, first=first)
+    assert relative_error(total, 2 * tile.double().t() @ hidden.double()) <= 1e-6

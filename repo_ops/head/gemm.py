@@ -3,13 +3,15 @@
 On a GPU the vendor's bfloat16 GEMM writes float32 itself. On a CPU there is no such GEMM: bfloat16 operands are upcast
 (exactly) in slices of the vocabulary and multiplied in float32, with oneDNN told that it may round operands to
 bfloat16, which for these operands loses nothing; measured on 2 cores with AMX, [682, 576] by [576, 49152]: 53 ms
-against 168 ms without.
+against 168 ms without. Where the processor has no instructions for 16-bit operands, PyTorch multiplies them in loops of
+its own, [256, 49152] by [49152, 256] more than a hundred times slower than in float32: there they are upcast, too.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -23,7 +25,22 @@ def without_autocast(like: Tensor) -> torch.autocast:
 SLICE_BYTES = 1 << 24
 """Size of an upcast slice of the head's weight on a CPU."""
 PRODUCT_BYTES = 1 << 22
-"""Size of a slice of a 16-bit weight gradient on a CPU, that is still in cache when it is added."""
+"""Size of a slice of a 16-bit product on a CPU, or of a 16-bit operand in float32, that is still in cache when used."""
+SERIAL, SERIAL_TERMS = 8, 2048
+"""CPU products with so few rows or columns are summed in slices of so many terms. MKL without AVX-512 gives them to a loop
+that adds up the vocabulary one by one: 3 rows of 100,000 terms are 7e-6 off, and 1e-7 in slices."""
+
+
+def multiplies(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether matrix products on `device` take operands of this dtype as they are."""
+    return device.type != "cpu" or dtype.itemsize > 2 or _cpu_multiplies(dtype)
+
+
+@cache
+def _cpu_multiplies(dtype: torch.dtype) -> bool:
+    name = "_is_mkldnn_bf16_supported" if dtype == torch.bfloat16 else "_is_mkldnn_fp16_supported"
+    supported = getattr(torch.ops.mkldnn, name, None)
+    return supported is not None and bool(supported())
 
 
 def logits_(tile: Tensor, hidden: Tensor, weight: Tensor, *, add: bool = False) -> None:
@@ -32,39 +49,47 @@ def logits_(tile: Tensor, hidden: Tensor, weight: Tensor, *, add: bool = False) 
     if _vendor_writes(tile.dtype, hidden, weight):
         torch.addmm(tile, hidden, weight.t(), beta=beta, out_dtype=tile.dtype, out=tile)
         return
+    dtype = _product_dtype(tile)
     with _operands_of(hidden, weight):
-        hidden = hidden.to(tile.dtype)
-        for part, upcast in _slices(weight, tile.dtype):
-            torch.addmm(tile[:, part], hidden, upcast.t(), beta=beta, out=tile[:, part])
+        hidden = hidden.to(dtype)
+        for part, upcast in _slices(weight, dtype, None if dtype == tile.dtype else len(tile)):
+            if dtype == tile.dtype:
+                torch.addmm(tile[:, part], hidden, upcast.t(), beta=beta, out=tile[:, part])
+            else:
+                product = torch.mm(hidden, upcast.t())
+                tile[:, part] = product.add_(tile[:, part]) if add else product
 
 
 def hidden_grad(dlogits: Tensor, hidden: Tensor, weight: Tensor) -> Tensor:
     """[C, D] = dlogits [C, V] weight [V, D]; `hidden` [C, D] only tells the precision of the inputs."""
-    if dlogits.dtype == weight.dtype:
+    dtype = _product_dtype(dlogits)
+    if dlogits.dtype == weight.dtype == dtype:
         return torch.mm(dlogits, weight)
     with _operands_of(hidden, weight):
         grad = None
-        for part, upcast in _slices(weight, dlogits.dtype):
-            grad = torch.mm(dlogits[:, part], upcast) if grad is None else grad.addmm_(dlogits[:, part], upcast)
+        for part, upcast in _slices(weight, dtype, None if dtype == dlogits.dtype else len(dlogits)):
+            left = dlogits[:, part].to(dtype)
+            grad = torch.mm(left, upcast) if grad is None else grad.addmm_(left, upcast)
     assert grad is not None
     return grad
 
 
 def add_weight_grad_(total: Tensor, dlogits: Tensor, hidden: Tensor, weight: Tensor, *, first: bool) -> None:
     """total [V, D] += dlogits^T [V, C] hidden [C, D]; the first chunk writes instead of adding."""
-    beta = 0.0 if first else 1.0
-    operand = hidden.to(dlogits.dtype)
+    beta, dtype = 0.0 if first else 1.0, _product_dtype(dlogits)
+    operand = hidden.to(dtype)
     if _vendor_writes(total.dtype, dlogits, operand):
         torch.addmm(total, dlogits.t(), operand, beta=beta, out_dtype=total.dtype, out=total)
     elif total.dtype == dlogits.dtype:
         with _operands_of(hidden, weight):
             torch.addmm(total, dlogits.t(), operand, beta=beta, out=total)
-    else:  # 16-bit dlogits on a CPU: products of slices are rounded once to that dtype, sums stay in float32
-        rows = max(1, PRODUCT_BYTES // (total.shape[1] * dlogits.element_size()))
-        for start in range(0, len(total), rows):
-            product = torch.mm(dlogits[:, start : start + rows].t(), operand)
-            target = total[start : start + rows]
-            target.copy_(product) if first else target.add_(product)
+    elif dtype == total.dtype:
+        for part in _parts(len(total), max(dlogits.shape[0], total.shape[1]) * dtype.itemsize):
+            torch.addmm(total[part], dlogits[:, part].to(dtype).t(), operand, beta=beta, out=total[part])
+    else:  # 16-bit products of slices are rounded once to that dtype, sums stay in float32
+        for part in _parts(len(total), total.shape[1] * dtype.itemsize):
+            product = torch.mm(dlogits[:, part].t(), operand)
+            total[part].copy_(product) if first else total[part].add_(product)
 
 
 @contextlib.contextmanager
@@ -96,13 +121,31 @@ def _vendor_writes(dtype: torch.dtype, left: Tensor, right: Tensor) -> bool:
     return left.is_cuda and sixteen_bits and dtype == torch.float32 and torch.__version__ >= "2.10"
 
 
-def _slices(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-    """(vocabulary slice, its weight in `dtype`): the whole weight where no copy is needed."""
-    if weight.dtype == dtype:
+def _product_dtype(result: Tensor) -> torch.dtype:
+    """Dtype of operands for a product whose result, or whose other operand, is `result`."""
+    return result.dtype if multiplies(result.dtype, result.device) else torch.float32
+
+
+def _slices(weight: Tensor, dtype: torch.dtype, rows: int | None) -> Iterator[tuple[slice, Tensor]]:
+    """(vocabulary slice, its weight in `dtype`): the whole weight where no copy is needed.
+
+    `rows`: of a 16-bit matrix whose columns of the slice are upcast as well; None: there is none.
+    """
+    if weight.dtype == dtype and rows is None:
         yield slice(None), weight
         return
-    rows = min(len(weight), max(1, SLICE_BYTES // (weight.shape[1] * dtype.itemsize)))
-    upcast = weight.new_empty((rows, weight.shape[1]), dtype=dtype)
-    for start in range(0, len(weight), rows):
-        part = weight[start : start + rows]
-        yield slice(start, start + len(part)), upcast[: len(part)].copy_(part)
+    vocab_size, dim = weight.shape
+    if rows is None:
+        size = min(vocab_size, max(1, SLICE_BYTES // (dim * dtype.itemsize)))
+    else:
+        size = min(vocab_size, max(1, PRODUCT_BYTES // (max(dim, rows, 1) * dtype.itemsize)))
+    upcast = weight.new_empty((size, dim), dtype=dtype)
+    for start in range(0, vocab_size, size):
+        part = slice(start, min(start + size, vocab_size))
+        yield part, upcast[: part.stop - start].copy_(weight[part])
+
+
+def _parts(vocab_size: int, entry_bytes: int) -> Iterator[slice]:
+    size = max(1, PRODUCT_BYTES // max(1, entry_bytes))
+    for start in range(0, vocab_size, size):
+        yield slice(start, min(start + size, vocab_size))

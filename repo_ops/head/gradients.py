@@ -62,7 +62,8 @@ class ProductGradients:
 
     def _add_weight(self, dlogits: Tensor, hidden: Tensor, only: bool) -> None:
         weight, first = self.product.weight, self.weight is None
-        if only and first and dlogits.dtype == hidden.dtype == weight.dtype == self._result_dtype(weight):
+        same = dlogits.dtype == hidden.dtype == weight.dtype == self._result_dtype(weight)
+        if only and first and same and gemm.multiplies(weight.dtype, weight.device):
             # the result itself, accumulated inside and rounded once
             self.weight = torch.mm(dlogits.t(), hidden, out=self._new_weight(weight.dtype))
             return

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from repo_ops.head import streamed, triton_rows
-from repo_ops.head.gemm import SLICE_BYTES
+from repo_ops.head.gemm import PRODUCT_BYTES, SLICE_BYTES, multiplies
 from repo_ops.head.inputs import HeadInputs, Wanted
 from repo_ops.head.pages import on_large_pages
 from repo_ops.head.torch_rows import BLOCK_BYTES
@@ -89,6 +89,7 @@ def make_plan(head: HeadInputs, options: Options, wanted: Wanted) -> Plan:
         blocks = 1 + (3 if head.softcap is not None else 0) + 1
         fixed = blocks * max(BLOCK_BYTES, 4 * vocab_size * tile_dtype.itemsize)
         fixed += SLICE_BYTES if weight.dtype != tile_dtype else 0
+        fixed += 2 * PRODUCT_BYTES if not multiplies(tile_dtype, hidden.device) else 0
         if streams:  # a slice of logits, and the weights of its columns in float32
             fixed = 2 * streamed.SLICE_BYTES
         budget = max(CPU_BUDGET, fixed + CPU_ROWS * row_bytes) if budget is None else budget
@@ -102,8 +103,9 @@ def make_plan(head: HeadInputs, options: Options, wanted: Wanted) -> Plan:
             f"options.memory_budget: expected at least {fixed + row_bytes} bytes, which one row of logits over "
             f"{vocab_size} entries needs, got {budget}"
         )
-    if hidden.device.type == "cpu" and not (gradient_dtype == torch.bfloat16 and tile_dtype == torch.float32):
-        gradient_dtype = tile_dtype
+    if hidden.device.type == "cpu":
+        narrows = gradient_dtype == torch.bfloat16 and tile_dtype == torch.float32
+        gradient_dtype = torch.bfloat16 if narrows and multiplies(torch.bfloat16, hidden.device) else tile_dtype
     tiles = backend == "triton" and rows < min(TILED_BELOW, head.num_rows) and not triton_rows.why_not_tiled(head)
     return Plan(rows, tile_dtype, gradient_dtype, backend, tiles, streams)
 
