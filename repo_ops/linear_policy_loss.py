@@ -7,7 +7,6 @@ and asks `step_loss.coefficients` for d loss / d logp of each row; `Gradients` g
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -179,10 +178,11 @@ def evaluate(call: Call, needs: Sequence[bool]) -> tuple[Tensor, RowStats, Gradi
 
     Gradients of float16 tensors are still float32: a gradient scaler multiplies them before they are rounded.
     """
-    scale = 1.0
-    if call.plan.gradient_dtype == torch.float16 and call.plan.tile_dtype != torch.float16:
-        # coefficients are about 1 / rows, times probabilities below float16's smallest number
-        scale = 2.0 ** math.ceil(math.log2(max(1, call.head.num_rows)))
+    scale = None
+    if call.plan.gradient_dtype == torch.float16 and call.plan.tile_dtype != torch.float16 and call.head.num_rows:
+        # a token's weight is about 1 / rows, and times probabilities below float16's smallest number; a sum's weight is
+        # 1, and times the number of rows above its largest
+        scale = torch.exp2(-call.inputs.weights.policy.max().log2().floor())
     grads = Gradients(call.head, needs, rounds_float16=False, scale=scale)
     with gemm.without_autocast(call.head.hidden):
         loss, stats = _sweep(call, grads)

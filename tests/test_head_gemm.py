@@ -8,7 +8,7 @@ import pytest
 import torch
 from truth import relative_error
 
-from repo_ops import linear_policy_loss
+from repo_ops import get_objective, linear_policy_loss
 from repo_ops.head import gemm
 
 F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
@@ -107,8 +107,10 @@ def test_the_precision_of_other_products_is_left_alone():
     assert matmul.fp32_precision == before
 
 
-def test_float16_dlogits_keep_what_small_probabilities_carry(monkeypatch):
-    # as on a GPU, where the gradient products have float16 operands: 1 / rows times p is below their smallest numbers
+@pytest.mark.parametrize("reduction", ["token-mean", "token-sum"])
+def test_float16_dlogits_keep_what_small_probabilities_carry(monkeypatch, reduction):
+    # as on a GPU, where the gradient products have float16 operands: 1 / rows times p is below their smallest numbers,
+    # and a sum's gradients times the number of rows are above their largest
     module = sys.modules["repo_ops.linear_policy_loss"]
     make_plan = module.make_plan
     on_gpu = {"gradient_dtype": torch.float16}
@@ -116,12 +118,14 @@ def test_float16_dlogits_keep_what_small_probabilities_carry(monkeypatch):
     torch.manual_seed(0)
     hidden, weight = torch.randn(1, 256, 16).half().requires_grad_(), (0.1 * torch.randn(5003, 16)).half()
     targets, weight = torch.randint(0, 5003, (1, 256)), weight.requires_grad_()
-    loss = linear_policy_loss(hidden, weight, targets, torch.ones(1)).loss
-    scale = 2.0**12  # of a gradient scaler
+    advantages, count = (torch.ones(1), 256) if reduction == "token-mean" else (torch.full((1,), 300.0), 1 / 300)
+    objective = get_objective("grpo", reduction=reduction)
+    loss = linear_policy_loss(hidden, weight, targets, advantages, objective=objective).loss
+    scale = 2.0**12 * count / 256  # of a gradient scaler
     found = torch.autograd.grad(loss * scale, [hidden, weight])
     wide = [t.detach().double().requires_grad_() for t in (hidden, weight)]
     logps = (wide[0] @ wide[1].T).log_softmax(-1).gather(-1, targets[..., None])
-    for ours, truth in zip(found, torch.autograd.grad(-scale * logps.mean(), wide)):
+    for ours, truth in zip(found, torch.autograd.grad(-scale / count * logps.sum(), wide)):
         assert (ours.double() - truth).norm() <= 2e-3 * truth.norm()
 
 

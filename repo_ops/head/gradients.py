@@ -104,13 +104,13 @@ class Gradients:
     """Gradients of a head: of its products and its bias, those that are needed."""
 
     def __init__(
-        self, head: HeadInputs, needs: Sequence[bool], *, rounds_float16: bool = True, scale: float = 1.0
+        self, head: HeadInputs, needs: Sequence[bool], *, rounds_float16: bool = True, scale: Tensor | None = None
     ) -> None:
         """`needs`: for hidden, weight, bias, adapter hidden, adapter weight, as in `HeadInputs.tensors`.
 
         Without `rounds_float16`, gradients of float16 tensors stay in float32: where a gradient scaler multiplies them
-        later, rounding them first would underflow. `scale`, a power of two, multiplies them on the way and is taken out
-        at the end: what float16 operands of the gradient GEMMs need for the same reason.
+        later, rounding them first would underflow. `scale` (0-d, a power of two) multiplies them on the way and is
+        taken out at the end: what float16 operands of the gradient GEMMs need for the same reason.
         """
         self.scale = scale
         self.head = head
@@ -149,7 +149,7 @@ class Gradients:
         if bias is not None and self.head.bias is not None:
             bias = bias.to(result_dtype(self.head.bias, bias.dtype, self.rounds_float16))
         found = [hidden, weight, bias, *(adapter[0] if adapter else (None, None))]
-        return found if self.scale == 1 else [None if grad is None else grad.mul_(1 / self.scale) for grad in found]
+        return found if self.scale is None else [None if grad is None else grad.div_(self.scale) for grad in found]
 
     def _positions(self, chunk: slice, live: Tensor | None) -> Tensor | slice:
         rows = self.head.rows

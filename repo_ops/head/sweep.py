@@ -103,7 +103,7 @@ def _add_gradients(
     seen: bool,
 ) -> None:
     part, targets, scaling = tile[: chunk.stop - chunk.start], head.targets[chunk], head.scaling(chunk)
-    if grads.scale != 1:
+    if grads.scale is not None:
         dlogps, dentropy = dlogps * grads.scale, None if dentropy is None else dentropy * grads.scale
     live = None
     # elsewhere counting the live rows would wait for the device, and ranks that share rows must agree on them
