@@ -27,8 +27,8 @@ SLICE_BYTES = 1 << 24
 PRODUCT_BYTES = 1 << 22
 """Size of a slice of a 16-bit product on a CPU, or of a 16-bit operand in float32, that is still in cache when used."""
 SERIAL, SERIAL_TERMS = 8, 2048
-"""CPU products with so few rows or columns are summed in slices of so many terms. MKL without AVX-512 gives them to a loop
-that adds up the vocabulary one by one: 3 rows of 100,000 terms are 7e-6 off, and 1e-7 in slices."""
+"""CPU products with so few rows or columns are summed in slices of so many terms: MKL without AVX-512 gives them to a
+loop that adds up the vocabulary one by one. 3 rows of 100,000 terms are 7e-6 off, and 1e-7 in slices."""
 
 
 def multiplies(dtype: torch.dtype, device: torch.device) -> bool:
@@ -64,7 +64,13 @@ def hidden_grad(dlogits: Tensor, hidden: Tensor, weight: Tensor) -> Tensor:
     """[C, D] = dlogits [C, V] weight [V, D]; `hidden` [C, D] only tells the precision of the inputs."""
     dtype = _product_dtype(dlogits)
     if dlogits.dtype == weight.dtype == dtype:
-        return torch.mm(dlogits, weight)
+        few = min(len(dlogits), weight.shape[1]) <= SERIAL
+        serial = few and dtype == torch.float32 and dlogits.device.type == "cpu"
+        terms = SERIAL_TERMS if serial else len(weight)
+        grad = torch.mm(dlogits[:, :terms], weight[:terms])
+        for start in range(terms, len(weight), terms):  # addmm_ would add each term to the sum of all before it
+            grad += torch.mm(dlogits[:, start : start + terms], weight[start : start + terms])
+        return grad
     with _operands_of(hidden, weight):
         grad = None
         for part, upcast in _slices(weight, dtype, None if dtype == dlogits.dtype else len(dlogits)):
