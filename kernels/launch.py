@@ -171,6 +171,15 @@ def architecture_of(device: torch.device) -> str:
     return device.type
 
 
+def narrows_in_place(architecture: str) -> bool:
+    """Whether a kernel may write to bytes that another of its threads has read before a barrier.
+
+    NVIDIA's barrier orders that. AMD's and Intel's order shared memory alone. CDNA runs a program on one compute unit,
+    whose cache takes loads and stores in the order of their issue; RDNA may spread it over two.
+    """
+    return architecture == "interpreter" or architecture.startswith(("sm_", "gfx9"))
+
+
 @dataclass(frozen=True)
 class Launch:
     """One kernel call, made but not yet issued; `repo_ops.kernels.aot` compiles the same object for other machines."""

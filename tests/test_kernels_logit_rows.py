@@ -11,7 +11,7 @@ if not torch.cuda.is_available():
 
 from repo_ops.kernels import launch
 from repo_ops.kernels.launch import interpreting
-from repo_ops.kernels.logit_rows import row_grads_, row_stats
+from repo_ops.kernels.logit_rows import RowStats, grads_launch, row_grads_, row_stats
 
 INF = float("inf")
 # The unchosen side of a `where` may be inf or NaN: numpy warns of it, a GPU does not.
@@ -375,6 +375,15 @@ def test_bad_gradient_arguments_are_named(device):
         row_grads_(tile[:1].expand(2, 8), targets, stats, ones)
     with pytest.raises(ValueError, match=r"dlogps: expected shape \[2\]"):
         row_grads_(tile, targets, stats, ones[:1])
+
+
+@pytest.mark.parametrize("architecture", ["gfx1100", "xpu"])
+def test_no_narrowing_in_place_where_a_barrier_does_not_order_memory(architecture):
+    tile, ids, vector = torch.zeros(2, 8), torch.zeros(2, dtype=torch.int64), torch.zeros(2)
+    given = RowStats(vector, vector, vector)
+    grads_launch(tile, ids, given, vector, architecture=architecture)
+    with pytest.raises(ValueError, match=rf"out_dtype: expected torch.float32 on {architecture}.*; convert a copy"):
+        grads_launch(tile, ids, given, vector, out_dtype=torch.bfloat16, architecture=architecture)
 
 
 def test_launch_table_serves_every_architecture():

@@ -11,7 +11,15 @@ from torch import Tensor
 
 from repo_ops.kernels import tune
 from repo_ops.kernels.elementwise import HALF, finish_logits
-from repo_ops.kernels.launch import Config, Launch, architecture_of, check_runnable, check_vector, launch_config
+from repo_ops.kernels.launch import (
+    Config,
+    Launch,
+    architecture_of,
+    check_runnable,
+    check_vector,
+    launch_config,
+    narrows_in_place,
+)
 from repo_ops.kernels.logit_rows.statistics import RowStats
 from repo_ops.kernels.logit_rows.tile import RUNTIME, misalignment, tile_arguments
 
@@ -197,7 +205,7 @@ def row_grads_(
             ones, logps too (1 - p of the target comes from it); a target of no column, -1 say, adds no onehot.
         dlogps: [C] float32. A row with dlogps == 0 and dentropy == 0 is not read and becomes exact zeros.
         dentropy: [C] float32 or None.
-        out_dtype: the tile's dtype (default), or bfloat16 or float16 for a float32 tile.
+        out_dtype: the tile's dtype (default), or bfloat16 or float16 for a float32 tile where `narrows_in_place`.
     Returns:
         [C, V] view of the tile's memory in `out_dtype`. Narrowed rows lie in the front half of their own bytes, so
         their stride is twice the tile's. A logit of -inf gets 0, except a target's own, whose 1 - p is 1.
@@ -252,6 +260,10 @@ def grads_launch(
             "stats: expected entropy where dentropy is given, got None; call row_stats with with_entropy=True"
         )
     out = _output_view(tile, tile.dtype if out_dtype is None else out_dtype)
+    if out is not tile and not narrows_in_place(architecture):
+        raise ValueError(
+            f"out_dtype: expected {tile.dtype} on {architecture}, where a barrier does not order memory; convert a copy"
+        )
     vectors = {
         "logps": stats.logps,
         "row_max": stats.row_max,

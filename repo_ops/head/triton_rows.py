@@ -92,14 +92,15 @@ def grads_(
     owned: Tensor | None = None,
 ) -> RowGrads:
     """Gradient of sum(dlogps * logps + dentropy * entropy) for a tile of logits, in place of the tile's memory."""
-    from repo_ops.kernels import logit_rows
+    from repo_ops.kernels import launch, logit_rows
 
     if owned is not None:
         targets = torch.where(owned, targets, -1)  # which no column matches
     entropy, dentropy = (None if values is None else values.float() for values in (stats.entropy, dentropy))
     rows = logit_rows.RowStats(stats.logps.float(), stats.row_max.float(), stats.log_sum.float(), entropy)
     # only half of a float32 tile's memory may change its dtype; a tile of another one is copied
-    in_place = out_dtype if tile.dtype == torch.float32 and out_dtype.itemsize == 2 else tile.dtype
+    halves = tile.dtype == torch.float32 and out_dtype.itemsize == 2
+    in_place = out_dtype if halves and launch.narrows_in_place(launch.architecture_of(tile.device)) else tile.dtype
     found = logit_rows.row_grads_(
         tile, targets, rows, dlogps.float(), dentropy, **_arguments(scaling), out_dtype=in_place
     )
