@@ -6,14 +6,13 @@ import re
 from pathlib import Path
 
 import pytest
-import torch
 from tiny_runs import differences, reward_file, trained
 
 from repo_ops.cli import main
 from repo_ops.trainer.config import TrainConfig
-from repo_ops.trainer.data import DataTask, open_data
+from repo_ops.trainer.data import DataTask, open_data, open_heldout
 from repo_ops.trainer.data.prompts import Examples, PromptText
-from repo_ops.trainer.data.rows import first_places, open_rows
+from repo_ops.trainer.data.rows import open_rows
 from repo_ops.trainer.log import read_metrics
 from repo_ops.trainer.loop import train
 from repo_ops.trainer.models.tiny import tiny_tokenizer
@@ -134,6 +133,8 @@ def test_rows_are_split_at_random_and_never_shared(tmp_path: Path) -> None:
     few = opened(data, [data], heldout_size=4)
     assert [len(few.train), *(len(each) for each in few.heldout.values())] == [20, 4]
     assert len(opened(data, [data], heldout_size=0).train) == 24
+    with pytest.raises(ValueError, match=r"^heldout_size: expected at least one prompt to evaluate"):
+        open_heldout([data], eval_data_args={}, heldout_size=0)
 
 
 def test_folders_and_splits(tmp_path: Path) -> None:
@@ -199,11 +200,6 @@ def test_a_chat_has_as_many_first_tokens_as_its_template_says(template_writes_it
             text(messages("abc"))
 
 
-def test_first_places_by_hand() -> None:
-    assert first_places(torch.tensor([5, -3, 5, 7, -3, 5])).tolist() == [0, 1, 3]
-    assert first_places(torch.tensor([2])).tolist() == [0]
-
-
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -214,7 +210,10 @@ def test_first_places_by_hand() -> None:
         ({"prompt_column": "promt"}, r"prompt_column: expected a column of .*, got 'promt'; did you mean 'prompt'\?"),
         ({"prompt_column": "question"}, "prompt_column: expected .* got 'question'; say which with --prompt_column"),
         ({"answer_column": "awnser"}, r"answer_column: expected .* got 'awnser'; did you mean 'answer'\?"),
-        ({"prompt_column": "level"}, "level: expected text or chat messages .* in row 0, got 0; clean the data"),
+        (
+            {"prompt_column": "level"},
+            "prompt_column: expected text or chat messages .* in row 0 of 'level', got 0",
+        ),
         ({"train_size": 20, "heldout_size": 5}, r"train_size, heldout_size: expected at most 24 rows .* got 20 \+ 5"),
         (
             {"heldout_size": 24},

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, overload
 
 from repo_ops.trainer.tasks import Example
@@ -59,22 +60,17 @@ class PromptText:
         return list(self.tokenizer(text, add_special_tokens=not bare).input_ids)
 
 
+@dataclass(frozen=True, eq=False)
 class Examples(Sequence[Example]):
-    """Rows of a data set as examples, each made when it is asked for: the rows stay on the disk.
+    """Rows of a data set as examples, each made when it is asked for: the rows stay on the disk."""
 
-    Args:
-        answer_column: also reaches the rewards as `answer` (None: there is none).
-        source: what the rows are from; evaluation reports each source by itself.
-    """
-
-    def __init__(
-        self, rows: Dataset, text: PromptText, *, prompt_column: str, answer_column: str | None, source: str = ""
-    ) -> None:
-        self.rows = rows
-        self.text = text
-        self.prompt_column = prompt_column
-        self.answer_column = answer_column
-        self.source = source
+    rows: Dataset
+    text: PromptText
+    prompt_column: str
+    answer_column: str
+    """Also reaches the rewards as `answer`, where the rows have it."""
+    source: str = ""
+    """What the rows are from; evaluation reports each source by itself."""
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -88,19 +84,9 @@ class Examples(Sequence[Example]):
             return [self[i] for i in range(*place.indices(len(self)))]
         row = dict(self.rows[place])
         prompt = self.text(row.pop(self.prompt_column))
-        if self.answer_column is not None:
+        if self.answer_column in row:
             row["answer"] = row[self.answer_column]
         return Example(f"{self.source}/{place}", prompt, row, self.source)
-
-    def only(self, places: Iterable[int]) -> Examples:
-        """The examples at these places."""
-        return Examples(
-            self.rows.select(list(places)),
-            self.text,
-            prompt_column=self.prompt_column,
-            answer_column=self.answer_column,
-            source=self.source,
-        )
 
 
 def short_enough(examples: Examples, max_tokens: int, *, batch: int = 1000) -> Examples:
@@ -112,4 +98,4 @@ def short_enough(examples: Examples, max_tokens: int, *, batch: int = 1000) -> E
         prompts = [examples.text(prompt) for prompt in examples.rows[start : start + batch][examples.prompt_column]]
         lengths = [len(ids) for ids in tokenizer(prompts).input_ids]
         places += [start + i for i, length in enumerate(lengths) if length <= max_tokens]
-    return examples if len(places) == len(examples) else examples.only(places)
+    return examples if len(places) == len(examples) else replace(examples, rows=examples.rows.select(places))

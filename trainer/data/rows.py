@@ -13,13 +13,12 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
+import numpy as np
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-__all__ = ["first_places", "open_rows", "prompt_hashes", "require_column", "some_of"]
+__all__ = ["open_rows", "prompt_hashes", "require_column", "some_of"]
 
 READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 
@@ -79,7 +78,7 @@ def require_column(rows: Dataset, column: str, setting: str) -> None:
         raise ValueError(f"{setting}: expected a column of {sorted(rows.column_names)}, got {column!r}; {remedy}")
 
 
-def prompt_hashes(rows: Dataset, column: str) -> Tensor:
+def prompt_hashes(rows: Dataset, column: str) -> np.ndarray[Any, Any]:
     """A number for each row's prompt, equal for equal prompts [n] int64; 8 bytes a row are all that is kept.
 
     Raises:
@@ -89,31 +88,22 @@ def prompt_hashes(rows: Dataset, column: str) -> Tensor:
     for batch in rows.select_columns([column]).iter(1000):
         for prompt in batch[column]:
             if not is_prompt(prompt):
-                shown = repr(prompt)[:60]
                 raise ValueError(
-                    f"{column}: expected text or chat messages (role and content) in row {len(hashes)}, got {shown}; "
-                    "clean the data"
+                    f"prompt_column: expected text or chat messages (role and content) in row {len(hashes)} of "
+                    f"{column!r}, got {repr(prompt)[:60]}; clean the data"
                 )
             text = prompt if isinstance(prompt, str) else json.dumps(prompt, sort_keys=True)
             digest = blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
             hashes.append(int.from_bytes(digest, "big", signed=True))
-    return torch.tensor(hashes, dtype=torch.int64)
+    return np.array(hashes, dtype=np.int64)
 
 
 def is_prompt(value: Any) -> bool:
     """Whether it is text, or a list of messages that each have a role and a content."""
-    if isinstance(value, str):
-        return bool(value)
-    is_list = isinstance(value, list) and len(value) > 0
-    return is_list and all(isinstance(m, dict) and m.get("role") and m.get("content") is not None for m in value)
-
-
-def first_places(hashes: Tensor) -> Tensor:
-    """Where each distinct number stands first, ascending."""
-    values, order = torch.sort(hashes, stable=True)
-    is_first = torch.ones_like(values, dtype=torch.bool)
-    is_first[1:] = values[1:] != values[:-1]
-    return order[is_first].sort().values
+    if not isinstance(value, list):
+        return isinstance(value, str) and value != ""
+    has_both = (isinstance(m, dict) and m.get("role") and m.get("content") is not None for m in value)
+    return bool(value) and all(has_both)
 
 
 def some_of(count: int, wanted: int, *, seed: int) -> list[int]:
@@ -124,10 +114,10 @@ def some_of(count: int, wanted: int, *, seed: int) -> list[int]:
 @contextmanager
 def _quiet(datasets: Any) -> Iterator[None]:
     """Without the bars that datasets draws while it reads: they tear a progress display apart."""
-    was_enabled = datasets.utils.are_progress_bars_disabled() is False
+    were_disabled = datasets.utils.are_progress_bars_disabled()
     datasets.disable_progress_bars()
     try:
         yield
     finally:
-        if was_enabled:
+        if not were_disabled:
             datasets.enable_progress_bars()

@@ -58,12 +58,12 @@ class PromptStream:
         Raises:
             ValueError: the state is of another pool, batch size or seed: its position would mean other prompts.
         """
+        mine = self.state_dict()
         names = {"prompts": "the training prompts", "batch": "prompts_per_step", "seed": "seed"}
         for key, name in names.items():
-            mine = self.state_dict()[key]
-            if state[key] != mine:
+            if state[key] != mine[key]:
                 raise ValueError(
-                    f"{name}: expected {state[key]} as in the checkpoint, got {mine}; resume with the data and the "
-                    "settings that it was saved with"
+                    f"{name}: expected {state[key]} as in the checkpoint, got {mine[key]}; resume with the data and "
+                    "the settings that it was saved with"
                 )
         self.taken = int(state["taken"])
