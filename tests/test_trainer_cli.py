@@ -49,7 +49,7 @@ def test_the_installed_script_runs_from_the_repository_root() -> None:
             "repo-ops train: device: expected one that torch can use here, got 'cuda:99'",
         ),
         (["train", "--task", "sums"], "repo-ops train: task: expected one of "),
-        (["train", "--task_args.digit", "2"], "repo-ops train: digit: expected an option of task 'products'"),
+        (["train", "--task_args.digit", "2"], "repo-ops train: task_args.digit: expected an option of task 'products'"),
         (["train", "--reward", "exact"], "repo-ops train: reward: expected one of "),
         (["train", "--reward", "math:pie"], "repo-ops train: reward: expected a function 'pie' in math, found None"),
         (["train", "--device", "foo"], "repo-ops train: device: expected one that torch can use here, got 'foo'"),

@@ -7,8 +7,7 @@ from collections import Counter
 import pytest
 
 from repo_ops.trainer.tasks import Example, Problem, load_task, task_names
-from repo_ops.trainer.tasks.arithmetic import ARITHMETIC_TASKS, chain_sum
-from repo_ops.trainer.tasks.symbols import SYMBOL_TASKS, reverse, sort
+from repo_ops.trainer.tasks.problems import ARITHMETIC_TASKS, SYMBOL_TASKS, chain_sum, reverse, sort
 
 # count_bits has 31 problems
 SIZES = {"train_size": 18, "heldout_size": 10}
@@ -125,10 +124,10 @@ def test_options_reach_the_task():
         ({"name": "prodcts"}, r"^task: expected one of .*products.*, got 'prodcts'"),
         ({"train_size": 0}, r"^train_size, heldout_size: expected at least 1"),
         ({"heldout_size": -1}, r"^train_size, heldout_size: expected at least 1"),
-        ({"digit": 2}, r"^digit: expected an option of task 'products' \(digits, terms\), got 'digit'"),
-        ({"digits": 0}, r"^options of task 'products': max_digits"),
-        ({"name": "reverse", "min_length": 5}, r"^min_length, max_length: expected"),
-        ({"name": "copy", "letters": 27}, r"^letters: expected 1 to 26"),
+        ({"digit": 2}, r"^task_args.digit: expected an option of task 'products': digits, terms"),
+        ({"digits": 0}, r"^task_args of 'products': max_digits"),
+        ({"name": "reverse", "min_length": 5}, r"^task_args: expected 1 <= min_length"),
+        ({"name": "copy", "letters": 27}, r"^task_args.letters: expected 1 to 26"),
     ],
 )
 def test_bad_calls_are_named(call, message):

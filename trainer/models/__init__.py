@@ -43,14 +43,12 @@ def load_model(
     """
     if tiny is not None and name != "tiny":
         raise ValueError(f"tiny: expected None with model {name!r}, got {tiny}; leave it out")
-    with _quiet():
-        folder = _folder(name, cache_root(cache_dir), tiny or TinyModel(seed=seed))
+    with _readable(name, cache_root(cache_dir), tiny or TinyModel(seed=seed)) as folder:
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
-        with _readable(name):
-            tokenizer = AutoTokenizer.from_pretrained(folder)
-            # transformers picks SDPA by itself, except for what has none (Gemma 2), where asking for it is an error
-            model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        # transformers picks SDPA by itself, except for what has none (Gemma 2), where asking for it is an error
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     return model.eval(), tokenizer
 
 
@@ -60,12 +58,10 @@ def load_shape(name: str, *, seed: int = 0) -> tuple[PretrainedConfig, PreTraine
     Raises:
         ValueError, ImportError: as `load_model`.
     """
-    with _quiet():
-        folder = _folder(name, cache_root(None), TinyModel(seed=seed))
+    with _readable(name, cache_root(None), TinyModel(seed=seed)) as folder:
         from transformers import AutoConfig, AutoTokenizer
 
-        with _readable(name):
-            return AutoConfig.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+        return AutoConfig.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
 
 
 def _folder(name: str, root: Path, tiny: TinyModel) -> Path | str:
@@ -87,26 +83,24 @@ def _folder(name: str, root: Path, tiny: TinyModel) -> Path | str:
 
 
 @contextmanager
-def _readable(name: str) -> Iterator[None]:
-    """What the libraries below say of a model that is missing or damaged, in one sentence."""
-    try:
-        yield
-    except ImportError:
-        raise
-    except Exception as error:  # OSError, ValueError, KeyError, or one of safetensors or tokenizers: each has its own
-        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise ValueError(f"model: expected one that can be loaded, got {name!r}; {reason}") from error
+def _readable(name: str, root: Path, tiny: TinyModel) -> Iterator[Path | str]:
+    """What from_pretrained reads; what the libraries below say of one that is missing or damaged, in one sentence.
 
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the bars that transformers draws while it reads weights: they tear a progress display apart."""
+    Meanwhile transformers draws no bars: they tear a progress display apart.
+    """
     from transformers.utils import logging
 
     was_enabled = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
-        yield
+        folder = _folder(name, root, tiny)
+        try:
+            yield folder
+        except ImportError:
+            raise
+        except Exception as error:  # OSError, ValueError, KeyError, or of safetensors or tokenizers: each has its own
+            reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+            raise ValueError(f"model: expected one that can be loaded, got {name!r}; {reason}") from error
     finally:
         if was_enabled:
             logging.enable_progress_bar()

@@ -16,7 +16,7 @@ from repo_ops.trainer.models.cache import built_folder
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, Qwen3ForCausalLM
 
-    from repo_ops.trainer.tasks.problem import Problem
+    from repo_ops.trainer.tasks.problems import Problem
 
 PAD, EOS, UNKNOWN = "<pad>", "<eos>", "<unk>"
 SYMBOLS = (PAD, EOS, UNKNOWN, "\n", *" 0123456789abcdefghijklmnopqrstuvwxyz+-*=>,:()?\"'")
@@ -28,14 +28,8 @@ class TinyModel:
 
     seed: int = 0
     """Of the weights and of the warm start."""
-    hidden_size: int = 64
-    """Width D."""
-    layers: int = 2
-    """Transformer blocks."""
     warm_start_steps: int = 300
     """Most supervised steps on right answers (about 130 are enough); 0 leaves the weights random."""
-    noise: float = 0.9
-    """Share of answers with one symbol replaced in the steps after that: what is left for rewards to raise."""
 
 
 def tiny_folder(root: Path, settings: TinyModel) -> Path:
@@ -49,10 +43,12 @@ def tiny_folder(root: Path, settings: TinyModel) -> Path:
 WARM_START_VERSION = 2
 BATCH = 64
 LEARNING_RATE = 3e-3
+HIDDEN_SIZE = 64
 # How many right answers it takes differs from seed to seed by a factor of two, so the loss decides. The noise after
 # that makes a model that knows unsure: 0.13 to 0.4 of its samples are right (seeds 0 to 4, reverse, sort, copy).
 KNOWS = 0.15
 NOISY_STEPS = 40
+NOISE = 0.9  # share of answers with one symbol replaced: what is left for rewards to raise
 
 
 def _make(folder: Path, settings: TinyModel) -> None:
@@ -60,7 +56,7 @@ def _make(folder: Path, settings: TinyModel) -> None:
     tokenizer.save_pretrained(folder)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
-        model = _untrained(settings, tokenizer)
+        model = _untrained(tokenizer)
         _warm_start(model, tokenizer, settings)
     model.save_pretrained(folder)
 
@@ -82,18 +78,18 @@ def tiny_tokenizer() -> PreTrainedTokenizerBase:
     )
 
 
-def _untrained(settings: TinyModel, tokenizer: PreTrainedTokenizerBase) -> Qwen3ForCausalLM:
+def _untrained(tokenizer: PreTrainedTokenizerBase) -> Qwen3ForCausalLM:
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     return Qwen3ForCausalLM(
         Qwen3Config(
             vocab_size=len(tokenizer),
-            hidden_size=settings.hidden_size,
-            intermediate_size=2 * settings.hidden_size,
-            num_hidden_layers=settings.layers,
+            hidden_size=HIDDEN_SIZE,
+            intermediate_size=2 * HIDDEN_SIZE,
+            num_hidden_layers=2,
             num_attention_heads=4,
             num_key_value_heads=2,
-            head_dim=settings.hidden_size // 4,
+            head_dim=HIDDEN_SIZE // 4,
             max_position_embeddings=512,
             tie_word_embeddings=True,
             pad_token_id=tokenizer.pad_token_id,
@@ -105,7 +101,7 @@ def _untrained(settings: TinyModel, tokenizer: PreTrainedTokenizerBase) -> Qwen3
 
 def _warm_start(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerBase, settings: TinyModel) -> None:
     """Supervised steps on the symbol tasks: right answers until it knows them, then noisy ones."""
-    from repo_ops.trainer.tasks.symbols import SYMBOL_TASKS
+    from repo_ops.trainer.tasks.problems import SYMBOL_TASKS
 
     if not settings.warm_start_steps:
         return
@@ -126,7 +122,7 @@ def _warm_start(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerBase, set
         if step(noise=0.0) < KNOWS:
             break
     for _ in range(min(NOISY_STEPS, settings.warm_start_steps)):
-        step(settings.noise)
+        step(NOISE)
     model.eval()
 
 

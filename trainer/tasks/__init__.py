@@ -5,14 +5,12 @@ from __future__ import annotations
 import inspect
 import itertools
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from repo_ops.trainer.rewards import RewardFunction, exact_match
-from repo_ops.trainer.tasks.arithmetic import ARITHMETIC_TASKS
-from repo_ops.trainer.tasks.problem import Problem
-from repo_ops.trainer.tasks.symbols import SYMBOL_TASKS
+from repo_ops.trainer.tasks.problems import ARITHMETIC_TASKS, BALANCED, SYMBOL_TASKS, Problem
 
 __all__ = ["Example", "Problem", "Task", "load_task", "task_names"]
 
@@ -54,28 +52,8 @@ class Task:
         return sorted(self.train[0].columns)
 
 
-@dataclass(frozen=True)
-class TaskSource:
-    """How a task is made: one row of the table below."""
-
-    problems: Callable[..., Iterator[Problem]]
-    """problems(seed, **options) -> endless problems, repeats among them."""
-    shots: int
-    """Solved examples before the question."""
-    max_new_tokens: int
-    """Tokens that an answer may take."""
-    balanced: bool = False
-    """Spread the problems evenly over the answers, where one answer would otherwise win by itself."""
-
-
-# A new task is one generator of problems and one row here.
-SOURCES: dict[str, TaskSource] = {
-    **{name: TaskSource(problems, shots=0, max_new_tokens=8) for name, problems in SYMBOL_TASKS.items()},
-    **{
-        name: TaskSource(problems, shots=2, max_new_tokens=8, balanced=balanced)
-        for name, (problems, balanced) in ARITHMETIC_TASKS.items()
-    },
-}
+SOURCES = SYMBOL_TASKS | ARITHMETIC_TASKS
+MAX_NEW_TOKENS = 8
 
 
 def task_names() -> list[str]:
@@ -93,7 +71,7 @@ def load_task(name: str, *, train_size: int, heldout_size: int, seed: int = 0, *
         train_size: problems to train on (>= 1).
         heldout_size: problems kept for evaluation (>= 0).
         seed: picks and splits the problems.
-        options: of the task, for example `digits=2` for products; the generators in this folder list them.
+        options: of the task, for example `digits=2` for products; the generators in `problems.py` list them.
     Raises:
         ValueError: unknown name or option, or more problems asked for than the task has.
     """
@@ -103,39 +81,36 @@ def load_task(name: str, *, train_size: int, heldout_size: int, seed: int = 0, *
         raise ValueError(
             f"train_size, heldout_size: expected at least 1 and at least 0, got {train_size} and {heldout_size}"
         )
-    source = SOURCES[name]
-    _check_options(name, source, options)
+    problems = SOURCES[name]
+    known = [p for p in inspect.signature(problems).parameters if p != "seed"]
+    for option in options:
+        if option not in known:
+            raise ValueError(f"task_args.{option}: expected an option of task {name!r}: {', '.join(known)}")
+    shots = 2 if name in ARITHMETIC_TASKS else 0  # solved examples before the question
     rng = random.Random(f"{name} {seed}")
     asked = train_size + heldout_size
     # shots come from the problems that are not held out, the asked one excepted
-    needed = max(asked, heldout_size + source.shots + 1)
-    pool = _different_problems(source.problems(seed, **options), 8 * needed if source.balanced else needed)
+    needed = max(asked, heldout_size + shots + 1)
+    pool = _different_problems(problems(seed, **options), 8 * needed if name in BALANCED else needed)
     if len(pool) < needed:
         raise ValueError(
             f"train_size, heldout_size: expected at most {len(pool)} problems of task {name!r} in all, got "
-            f"{train_size} + {heldout_size} (solved examples need {source.shots} that are not held out); ask for "
+            f"{train_size} + {heldout_size} (solved examples need {shots} that are not held out); ask for "
             f"fewer or widen the task's options"
         )
     rng.shuffle(pool)
-    if source.balanced:
+    if name in BALANCED:
         pool = _one_answer_after_the_other(pool)[:needed]
         rng.shuffle(pool)
     heldout, train, spare = pool[:heldout_size], pool[heldout_size:asked], pool[asked:]
     return Task(
         name=name,
-        train=[_example(p, train + spare, source.shots, rng) for p in train],
-        heldout=[_example(p, train + spare, source.shots, rng) for p in heldout],
+        train=[_example(p, train + spare, shots, rng) for p in train],
+        heldout=[_example(p, train + spare, shots, rng) for p in heldout],
         stop=("\n",),
-        max_new_tokens=source.max_new_tokens,
+        max_new_tokens=MAX_NEW_TOKENS,
         reward=exact_match,
     )
-
-
-def _check_options(name: str, source: TaskSource, options: dict[str, Any]) -> None:
-    known = [p for p in inspect.signature(source.problems).parameters if p != "seed"]
-    for option in options:
-        if option not in known:
-            raise ValueError(f"{option}: expected an option of task {name!r} ({', '.join(known)}), got {option!r}")
 
 
 def _different_problems(stream: Iterator[Problem], wanted: int) -> list[Problem]:
