@@ -84,6 +84,7 @@ def test_a_model_without_a_head_is_refused():
         find_head(build("llama").model)
 
 
+# unsloth #9331: a fused loss read the head's own weight, and its adapter never trained
 def test_a_lora_adapter_on_the_head_trains_as_in_the_model():
     peft = pytest.importorskip("peft")
     model = build("llama")

@@ -62,6 +62,22 @@ def test_few_rows_or_columns_are_not_summed_term_by_term(rows, dim):
     assert relative_error(found, dlogits.double() @ weight.double()) <= 1e-6
 
 
+def test_hidden_gradients_leave_the_vendors_product_in_float32(monkeypatch):
+    # as on a GPU, where parts of a 16-bit result may be added up in 16 bits
+    asked = {}
+
+    def mm(left, right, **options):
+        asked.update(options)
+        return left.float() @ right.float()
+
+    monkeypatch.setattr(gemm, "_vendor_writes", lambda *_: True)
+    monkeypatch.setattr(torch, "mm", mm)
+    hidden, weight = operands(BF16, BF16)
+    dlogits = torch.randn(ROWS, V).bfloat16()
+    assert relative_error(gemm.hidden_grad(dlogits, hidden, weight), dlogits.double() @ weight.double()) <= 1e-6
+    assert asked == {"out_dtype": torch.float32}
+
+
 @pytest.mark.parametrize(("hidden_dtype", "weight_dtype"), PAIRS, ids=str)
 def test_weight_gradient_writes_first_and_then_adds(hidden_dtype, weight_dtype):
     hidden, weight = operands(hidden_dtype, weight_dtype)

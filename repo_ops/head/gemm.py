@@ -62,6 +62,9 @@ def logits_(tile: Tensor, hidden: Tensor, weight: Tensor, *, add: bool = False) 
 
 def hidden_grad(dlogits: Tensor, hidden: Tensor, weight: Tensor) -> Tensor:
     """[C, D] = dlogits [C, V] weight [V, D]; `hidden` [C, D] only tells the precision of the inputs."""
+    if _vendor_writes(torch.float32, dlogits, weight):
+        # with a 16-bit result cuBLAS may split the vocabulary and add the parts in 16 bits, which is PyTorch's default
+        return torch.mm(dlogits, weight, out_dtype=torch.float32)
     dtype = _product_dtype(dlogits)
     if dlogits.dtype == weight.dtype == dtype:
         few = min(len(dlogits), weight.shape[1]) <= SERIAL
