@@ -135,5 +135,5 @@ bench: $(DEV_STAMP)
 	  --dead-kind zero_advantage --json $(RESULTS)/linear_policy_loss-cpu-bfloat16.json
 	$(BIN)/python benchmarks/learner_step.py --json $(RESULTS)/learner_step-cpu.json
 	$(BIN)/python benchmarks/learner_step.py --dtype bfloat16 --settings short --json $(RESULTS)/learner_step-cpu-bfloat16.json
-	$(BIN)/python benchmarks/trl_trainers.py --json $(RESULTS)/trl_trainers-cpu.json
+	$(BIN)/python benchmarks/trl_trainers.py --train_steps 3 --json $(RESULTS)/trl_trainers-cpu.json
 	$(BIN)/python benchmarks/report.py $(RESULTS)/*-cpu*.json

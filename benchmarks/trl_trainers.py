@@ -6,11 +6,16 @@ Every side is a real trainer on the same weights. It generates twice with the sa
 to draw), and the second generation is trained on: what is measured is `compute_loss` and the backward of that
 micro-step, in turns. The first three sides compute the same loss and gradients, which is checked; with replay the step
 holds more completions. No optimizer step is made and gradient checkpointing is off.
+
+`--train_steps 3` also lets GRPOTrainer.train() make three optimizer steps with our head and without it, from the same
+weights and seeds, and compares all that the head could have changed. `--rounds 0` measures nothing else, and leaves
+what an existing file of --json says of it.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import sys
 import tempfile
@@ -18,9 +23,10 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -29,6 +35,7 @@ from repo_ops.benchmarks.machine import describe
 from repo_ops.benchmarks.measure import interleave, spread
 from repo_ops.benchmarks.peak import in_own_process, peak_bytes
 from repo_ops.integrations.trl import RePOConfig, RePOTrainer, install, uninstall
+from repo_ops.integrations.trl.head import Installed
 from repo_ops.trainer.models import load_model
 from repo_ops.trainer.tasks import load_task
 
@@ -44,6 +51,8 @@ SIDES: dict[str, dict[str, Any]] = {"trl": {}, "installed": {}, "rows": {"replay
 EQUAL = ("trl", "installed", "rows")
 LIMITS = (1e-5, 1e-4)
 """(loss, gradients): how far equal sides may lie apart before they count as different work."""
+OPTIMIZERS = {"sgd": 0.05, "adamw_torch": 1e-5}
+"""How GRPOTrainer is trained, and at which rate: Adam moves a parameter by the rate, however small its gradient."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +71,8 @@ SETTINGS = {
     "smollm2": Setting("smollm2", "products", prompts=8, samples=8, completion=8),
     "tiny": Setting("tiny", "reverse", prompts=6, samples=4, completion=6),
 }
+TRAINED = {**SETTINGS, "smollm2": Setting("smollm2", "products", prompts=4, samples=4, completion=8)}
+"""The generation of each training step: every step of both sides is compared, not timed, so that it may be smaller."""
 
 
 @dataclass
@@ -94,26 +105,29 @@ class Side:
 
 
 @contextmanager
-def head_of(side: str) -> Iterator[None]:
+def head_of(side: str) -> Iterator[Installed | None]:
     """Our head under TRL's while the side with it runs."""
     if side != "installed":
-        yield
+        yield None
         return
-    install()
+    head = install()
     try:
-        yield
+        yield head
     finally:
         uninstall()
 
 
-def make_side(name: str, setting: Setting, folder: Path) -> Side:
-    """The trainer of a side with two generations made; equal seeds, so equal completions on all sides."""
+def examples_of(setting: Setting) -> list[dict[str, Any]]:
+    """The prompts of a setting with their answers."""
+    task = load_task(setting.task, train_size=setting.prompts, heldout_size=0)
+    return [{"prompt": example.prompt, **example.columns} for example in task.train]
+
+
+def make_trainer(name: str, setting: Setting, folder: Path, reward: Callable[..., list[float]], **more: Any) -> Any:
+    """The trainer of a side on weights just loaded."""
     from datasets import Dataset
-    from transformers import set_seed
     from trl import GRPOConfig, GRPOTrainer
 
-    task = load_task(setting.task, train_size=setting.prompts, heldout_size=0)
-    examples = [{"prompt": example.prompt, **example.columns} for example in task.train]
     model, tokenizer = load_model(setting.model)
     replay = {"replay_num": setting.samples, "replay_min_size": setting.samples}
     kind, trainer = (GRPOConfig, GRPOTrainer) if name in ("trl", "installed") else (RePOConfig, RePOTrainer)
@@ -129,17 +143,25 @@ def make_side(name: str, setting: Setting, folder: Path) -> Side:
         report_to="none",
         disable_tqdm=True,
         **({} if kind is GRPOConfig else replay | SIDES[name]),
+        **more,
     )
-    made = trainer(
+    return trainer(
         model=model,
-        reward_funcs=first_line_match,
+        reward_funcs=reward,
         args=config,
-        train_dataset=Dataset.from_list(examples),
+        train_dataset=Dataset.from_list(examples_of(setting)),
         processing_class=tokenizer,
     )
+
+
+def make_side(name: str, setting: Setting, folder: Path) -> Side:
+    """The trainer of a side with two generations made; equal seeds, so equal completions on all sides."""
+    from transformers import set_seed
+
+    made = make_trainer(name, setting, folder, first_line_match)
     made.current_gradient_accumulation_steps = 1
     made.model.train()
-    batch = [dict(example) for example in examples for _ in range(setting.samples)]
+    batch = [dict(example) for example in examples_of(setting) for _ in range(setting.samples)]
     seconds = 0.0
     with head_of(name):
         for step in range(2):
@@ -154,6 +176,101 @@ def make_side(name: str, setting: Setting, folder: Path) -> Side:
 def first_line_match(completions: Sequence[str], answer: Sequence[str], **_: Any) -> list[float]:
     """1.0 where the completion's first line is the answer."""
     return [float(text.split("\n")[0].strip() == wanted.strip()) for text, wanted in zip(completions, answer)]
+
+
+@dataclass
+class Trained:
+    """A run of GRPOTrainer.train(): what each optimizer step saw, and what all of them left."""
+
+    logps: list[Tensor] = field(default_factory=list)
+    """[B, T] of each step, 0 where a token is masked."""
+    gradients: list[dict[str, Tensor]] = field(default_factory=list)
+    """Of each step, as the optimizer gets them."""
+    completions: list[list[str]] = field(default_factory=list)
+    rewards: list[list[float]] = field(default_factory=list)
+    before: dict[str, Tensor] = field(default_factory=dict)
+    after: dict[str, Tensor] = field(default_factory=dict)
+    our_calls: int = 0
+    """Forward passes of our head."""
+    trl_calls: int = 0
+    """Forward passes of TRL's own head."""
+
+
+def train(name: str, setting: Setting, folder: Path, **more: Any) -> Trained:
+    """What `GRPOTrainer.train()` does with our head ("installed") or without it ("trl")."""
+    from transformers import PrinterCallback, TrainerCallback
+    from trl.trainer import utils
+
+    seen, theirs = Trained(), utils._ChunkedLogProbFunction.forward
+
+    def reward(completions: Sequence[str], answer: Sequence[str], **_: Any) -> list[float]:
+        seen.completions.append(list(completions))
+        seen.rewards.append(first_line_match(completions, answer))
+        return seen.rewards[-1]
+
+    class KeepGradients(TrainerCallback):
+        def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, *, model: Any, **_: Any) -> None:
+            seen.gradients.append({n: p.grad.clone() for n, p in model.named_parameters()})
+
+    trainer = make_trainer(name, setting, folder, reward, **more)
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(KeepGradients())
+    seen.before = {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
+    score = trainer._get_per_token_logps_and_entropies
+
+    def keep_logps(*arguments: Any, **named: Any) -> Any:
+        found = score(*arguments, **named)
+        seen.logps.append(found[0].detach())
+        return found
+
+    @functools.wraps(theirs)
+    def count_theirs(*arguments: Any) -> Any:
+        seen.trl_calls += 1
+        return theirs(*arguments)
+
+    trainer._get_per_token_logps_and_entropies = keep_logps
+    with mock.patch.object(utils._ChunkedLogProbFunction, "forward", staticmethod(count_theirs)), head_of(name) as head:
+        trainer.train()
+    seen.our_calls = 0 if head is None else head.calls
+    seen.after = {n: p.detach() for n, p in trainer.model.named_parameters()}
+    return seen
+
+
+def compare_training(setting: Setting, steps: int) -> list[dict[str, Any]]:
+    """A row an optimizer: `steps` steps of GRPOTrainer.train() with our head beside the same without it."""
+    rows = []
+    for optimizer, rate in OPTIMIZERS.items():
+        common = {"max_steps": steps, "optim": optimizer, "learning_rate": rate, "lr_scheduler_type": "constant"}
+        with tempfile.TemporaryDirectory() as folder:
+            theirs = train("trl", setting, Path(folder), save_strategy="no", **common)
+            ours = train("installed", setting, Path(folder), save_strategy="no", **common)
+        moves = [{n: p - run.before[n] for n, p in run.after.items()} for run in (theirs, ours)]
+        distances = torch.cat([(ours.after[n] - p).abs().flatten() for n, p in theirs.after.items()])
+        rows.append(
+            {
+                **common,
+                "tokens": [int((logps != 0).sum()) for logps in theirs.logps],
+                "mean_rewards": [sum(step) / len(step) for step in theirs.rewards],
+                "same_completions": theirs.completions == ours.completions,
+                "same_rewards": theirs.rewards == ours.rewards,
+                "logps_apart": [float((a - b).abs().max()) for a, b in zip(theirs.logps, ours.logps)],
+                "gradients_apart": [_apart(a, b) for a, b in zip(theirs.gradients, ours.gradients)],
+                "gradients_apart_largest": [
+                    max(float((a[n] - b[n]).abs().max()) for n in a) for a, b in zip(theirs.gradients, ours.gradients)
+                ],
+                "moved_largest": max(float(move.abs().max()) for move in moves[0].values()),
+                "moves_apart": _apart(*moves),
+                "parameters": len(distances),
+                "parameters_apart": _apart(theirs.after, ours.after),
+                "parameters_apart_largest": float(distances.max()),
+                "parameters_beyond_1e-6": int((distances > 1e-6).sum()),
+                "head_calls": {
+                    "installed": {"ours": ours.our_calls, "trl": ours.trl_calls},
+                    "not installed": {"ours": theirs.our_calls, "trl": theirs.trl_calls},
+                },
+            }
+        )
+    return rows
 
 
 def run(settings: argparse.Namespace) -> dict[str, Any]:
@@ -258,14 +375,53 @@ def table(found: dict[str, Any]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+def training_table(rows: list[dict[str, Any]]) -> str:
+    """The rows of `compare_training` as a Markdown table."""
+    lines = [["", *(f"{row['max_steps']} steps of {row['optim']} at {row['learning_rate']:g}" for row in rows)]]
+    lines.append(["---"] * len(lines[0]))
+
+    def add(name: str, number: Callable[[dict[str, Any]], str]) -> None:
+        lines.append([name, *map(number, rows)])
+
+    def steps(name: str) -> Callable[[dict[str, Any]], str]:
+        return lambda row: ", ".join(f"{value:.0e}" for value in row[name])
+
+    add("completions and rewards", lambda row: "same" if row["same_completions"] and row["same_rewards"] else "DIFFER")
+    add("log-probabilities apart, largest of each step", steps("logps_apart"))
+    add("gradients apart, of their norm", steps("gradients_apart"))
+    add("largest gradient apart", steps("gradients_apart_largest"))
+    add("parameters apart, largest", lambda row: f"{row['parameters_apart_largest']:.0e}")
+    add("beyond 1e-6", lambda row: f"{row['parameters_beyond_1e-6']} of {row['parameters']:,}")
+    add("moves apart, of their norm", lambda row: f"{row['moves_apart']:.0e}")
+    for side in ("installed", "not installed"):
+        add(
+            f"calls of our head + TRL's, {side}",
+            lambda row, side=side: "{ours} + {trl}".format(**row["head_calls"][side]),
+        )
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
 def differs(found: dict[str, Any]) -> list[str]:
-    """Sides whose loss or gradients lie too far from TRL's."""
+    """Sides whose loss or gradients lie too far from TRL's, and training that took another course."""
     return [
+        f"{row['max_steps']} steps of {row['optim']}: not the same completions and rewards, parameters to 1e-6 (with "
+        f"Adam: moves to 1e-3) and calls of the head; see the table"
+        for row in found.get("training", {}).get("rows", [])
+        if not (row["same_completions"] and row["same_rewards"] and _is_same_course(row))
+    ] + [
         f"{row['label']}: loss apart {row['loss_apart']:.1e}, gradients apart {row['gradients_apart']:.1e}"
         for row in found["rows"]
         if row["loss_apart"] is not None
         and not (row["loss_apart"] <= LIMITS[0] and row["gradients_apart"] <= LIMITS[1])
     ]
+
+
+def _is_same_course(row: dict[str, Any]) -> bool:
+    # Adam makes a step of full size of a gradient that is nothing but rounding, so there the whole move is compared
+    near = row["moves_apart"] <= 1e-3 and (row["optim"] != "sgd" or row["parameters_beyond_1e-6"] == 0)
+    calls, steps = row["head_calls"], row["max_steps"]
+    ours = calls["installed"]["ours"] == steps and calls["not installed"]["ours"] == 0
+    return near and ours and calls["installed"]["trl"] == 0 and calls["not installed"]["trl"] == steps
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -279,12 +435,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if settings.threads:
         torch.set_num_threads(settings.threads)
     machine = describe("cpu", ["trl_trainers.py", *given])
-    found = run(settings)
+    found = {"machine": machine, **run(settings)} if settings.rounds else {"rows": []}
     print(f"{machine['device']}, {machine['threads']} threads, torch {torch.__version__}, model {settings.model}\n")
-    print(table(found))
+    if settings.rounds:
+        print(table(found))
+    if settings.train_steps:
+        setting = TRAINED[settings.model]
+        rows = compare_training(setting, settings.train_steps)
+        found["training"] = {"machine": machine, "setting": asdict(setting), "rows": rows}
+        print(training_table(rows))
     if settings.json:
         settings.json.parent.mkdir(parents=True, exist_ok=True)
-        settings.json.write_text(json.dumps({"machine": machine, **found}, indent=1) + "\n")
+        kept = json.loads(settings.json.read_text()) if settings.json.exists() else {}
+        kept |= {name: value for name, value in found.items() if value}
+        settings.json.write_text(json.dumps(kept, indent=1) + "\n")
     wrong = differs(found)
     for line in wrong:
         print(f"WRONG: {line}")
@@ -296,11 +460,15 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     add = parser.add_argument
     add("--model", choices=list(SETTINGS), default="smollm2", help='"tiny" is for a look that everything runs')
     add("--sides", nargs="+", choices=list(SIDES), default=list(SIDES))
-    add("--rounds", type=int, default=3, help="times that every side steps, in turns")
+    add("--rounds", type=int, default=3, help="times that every side steps, in turns; 0: no times, no memory")
+    add("--train_steps", type=int, default=0, help="also train so many steps with our head and without it, and compare")
     add("--threads", type=int, default=None)
-    add("--json", type=Path, default=None, help="file for everything measured")
+    add("--json", type=Path, default=None, help="file for everything measured; what it says of the rest is kept")
     add("--no-memory", action="store_true", help="skip the processes that measure peak memory")
-    return parser.parse_args(arguments)
+    settings = parser.parse_args(arguments)
+    if settings.rounds < 0 or settings.train_steps < 0 or not (settings.rounds or settings.train_steps):
+        parser.error("--rounds, --train_steps: expected numbers >= 0, one of them > 0")
+    return settings
 
 
 if __name__ == "__main__":

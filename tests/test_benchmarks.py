@@ -212,3 +212,26 @@ def test_a_learner_step_equals_that_of_trl(tmp_path, capsys):
     assert trl["loss_apart"] <= 1e-5
     assert 0 < trl["gradients_apart"] <= 1e-4
     assert "TRL GRPOTrainer" in capsys.readouterr().out
+
+
+def test_three_steps_of_trl_with_our_head_are_those_without_it(tmp_path, capsys):
+    pytest.importorskip("trl")
+    from repo_ops.benchmarks import trl_trainers
+
+    file = tmp_path / "trl.json"
+    file.write_text('{"rows": ["times of an earlier run"]}')
+    arguments = ["--model", "tiny", "--rounds", "0", "--train_steps", "3", "--json", str(file)]
+    assert trl_trainers.main(arguments) == 0  # 1 where the two took another course
+    found = json.loads(file.read_text())
+    assert found["rows"] == ["times of an earlier run"]
+    for row in found["training"]["rows"]:
+        assert row["same_completions"]
+        assert row["logps_apart"][0] <= 1e-6  # the same weights; later they are as far apart as gradients were
+        assert max(row["gradients_apart"]) <= 2e-6
+        assert row["parameters_beyond_1e-6"] == 0
+        assert row["moved_largest"] > 1e-5
+        assert row["head_calls"] == {"installed": {"ours": 3, "trl": 0}, "not installed": {"ours": 0, "trl": 3}}
+        assert trl_trainers.differs({"rows": [], "training": {"rows": [row | {"same_rewards": False}]}})
+        calls = row["head_calls"] | {"not installed": {"ours": 3, "trl": 0}}
+        assert trl_trainers.differs({"rows": [], "training": {"rows": [row | {"head_calls": calls}]}})
+    assert "calls of our head + TRL's, not installed | 0 + 3 | 0 + 3" in capsys.readouterr().out
