@@ -70,12 +70,12 @@ def hidden_grad(dlogits: Tensor, hidden: Tensor, weight: Tensor) -> Tensor:
         few = min(len(dlogits), weight.shape[1]) <= SERIAL
         serial = few and dtype == torch.float32 and dlogits.device.type == "cpu"
         terms = SERIAL_TERMS if serial else len(weight)
-        grad = torch.mm(dlogits[:, :terms], weight[:terms])
+        total = torch.mm(dlogits[:, :terms], weight[:terms])
         for start in range(terms, len(weight), terms):  # addmm_ would add each term to the sum of all before it
-            grad += torch.mm(dlogits[:, start : start + terms], weight[start : start + terms])
-        return grad
+            total += torch.mm(dlogits[:, start : start + terms], weight[start : start + terms])
+        return total
     with _operands_of(hidden, weight):
-        grad = None
+        grad: Tensor | None = None
         for part, upcast in _slices(weight, dtype, None if dtype == dlogits.dtype else len(dlogits)):
             left = dlogits[:, part].to(dtype)
             grad = torch.mm(left, upcast) if grad is None else grad.addmm_(left, upcast)
