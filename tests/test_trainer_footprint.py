@@ -3,6 +3,7 @@
 import weakref
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -38,15 +39,14 @@ SHAPE = LlamaConfig(
 )
 CPU = torch.device("cpu")
 CONFIG = TrainConfig(prompts_per_step=2, train_size=2, group_size=3, autocast=False, micro_batch_tokens=64)
-WORK = Workload.of(CONFIG, [5, 5], 4)
+WORK = Workload(CONFIG, [5, 5], 4)
 
 
 def test_sizes_by_hand() -> None:
     assert (WORK.row, WORK.rows, WORK.completions) == (5 + 3 * 4, 2, 6)
-    with_replay = Workload.of(replace(CONFIG, replay="recency", replay_num=5), [5, 3], 4)
+    with_replay = Workload(replace(CONFIG, replay="recency", replay_num=5), [5, 3], 4)
     assert (with_replay.row, with_replay.rows, with_replay.completions) == (5 + 8 * 4, 1, 16)
-    assert with_replay.mean_prompt == 4
-    tight = Workload.of(replace(CONFIG, micro_batch_tokens=6), [5, 5], 4)
+    tight = Workload(replace(CONFIG, micro_batch_tokens=6), [5, 5], 4)
     assert (tight.row, tight.rows) == (9, 1)  # one sequence is never cut
 
 
@@ -76,9 +76,10 @@ def test_activations_are_those_that_autograd_keeps(autocast: bool, recompute: bo
         model.get_decoder()(**rows, attention_mask=mask, use_cache=False)
     kept = sum(storage.nbytes() for storage in saved.values())
     config = replace(CONFIG, autocast=autocast, recompute_layers=recompute)
-    found = activation_bytes(config, SHAPE, CPU, WORK) - mask.numel()
+    found = activation_bytes(replace(WORK, config=config), SHAPE, CPU) - mask.numel()
     if recompute:
-        whole = activation_bytes(replace(config, recompute_layers=False), SHAPE, CPU, WORK) - mask.numel()
+        not_again = replace(WORK, config=replace(config, recompute_layers=False))
+        whole = activation_bytes(not_again, SHAPE, CPU) - mask.numel()
         assert kept < found < kept + whole / 2
         assert found == kept + (whole - kept) // SHAPE.num_hidden_layers
     else:
@@ -96,28 +97,28 @@ def test_at_rest_and_cache_by_hand() -> None:
     names = ("weights", "gradients", "AdamW's averages", "reference model")
     numbers = (4 * parameters.total, 4 * parameters.trained, 8 * parameters.trained, 4 * parameters.total)
     assert memory_at_rest(model, reference=True) == dict(zip(names, numbers))
-    assert cache_bytes(CONFIG, SHAPE, WORK) == 2 * 3 * (2 * 12) * 4 * 6 * 9  # K and V, layers, width, bytes ...
+    assert cache_bytes(WORK, SHAPE) == 2 * 3 * (2 * 12) * 4 * 6 * 9  # K and V, layers, width, bytes ...
 
 
 def test_what_each_rank_holds_by_hand() -> None:
     config = replace(CONFIG, replicas=2, autocast=True)
-    work = Workload.of(config, [5, 3], 4, ranks=4, heldout=[7, 6, 7])
+    work = Workload(config, [5, 3], 4, ranks=4, heldout=[7, 6, 7])
     assert (work.shards, work.rows) == (2, 1)  # two copies of the model; each rank has a prompt at most
     assert work.sampled == 1 * 8 * (7 + 4)  # a held-out prompt and its 8 samples are more than 1 * 3 * (5 + 4)
-    assert Workload.of(config, [5, 3], 4, ranks=4).sampled == 1 * 3 * (5 + 4)
-    assert cache_bytes(config, SHAPE, work) == 2 * 3 * (2 * 12) * 4 * 88
+    assert Workload(config, [5, 3], 4, ranks=4).sampled == 1 * 3 * (5 + 4)
+    assert cache_bytes(work, SHAPE) == 2 * 3 * (2 * 12) * 4 * 88
     layer, rest, head = 48 * 48 * 2 + 48 * 24 * 2 + 3 * 48 * 80 + 2 * 48, 48 + 2 * 97 * 48, 97 * 48
-    peak = parts_at_peak(config, SHAPE, CPU, work)
+    peak = parts_at_peak(work, SHAPE, CPU)
     # layers in bfloat16, the rest in float32, and autocast's copy of the head
     assert peak.generating["gathered model"] == 2 * 3 * layer + 4 * rest + 2 * head
     # the rest and its gradient; two layers; one's gradient as it is computed and as it is added up
     gathered = 2 * 4 * rest + 2 * 2 * layer + (2 + 4) * layer
     assert peak.learning["gathered layers, embeddings and head"] == gathered
-    alone = parts_at_peak(replace(config, replicas=1), SHAPE, CPU, Workload.of(config, [5, 3], 4))
+    alone = parts_at_peak(Workload(replace(config, replicas=1), [5, 3], 4), SHAPE, CPU)
     assert alone.generating["weights in bfloat16"] == 2 * (3 * (layer - 2 * 48) + head)  # norms are not cast
-    assert parts_at_peak(replace(config, engine="vllm_server"), SHAPE, CPU, work).generating == {}
+    assert parts_at_peak(replace(work, config=replace(config, engine="vllm_server")), SHAPE, CPU).generating == {}
     adapted = replace(config, replicas=1, lora_rank=2)
-    frozen = parts_at_peak(adapted, SHAPE, CPU, Workload.of(adapted, [5, 3], 4)).generating["weights in bfloat16"]
+    frozen = parts_at_peak(Workload(adapted, [5, 3], 4), SHAPE, CPU).generating["weights in bfloat16"]
     assert frozen == 2 * 3 * 2 * (2 * (48 + 48) + 2 * (48 + 24) + 3 * (48 + 80))  # autocast keeps trained ones alone
 
 
@@ -137,19 +138,19 @@ class Copies(TorchDispatchMode):
 
 def test_what_a_rank_holds_while_it_generates_is_what_was_planned() -> None:
     model = LlamaForCausalLM(SHAPE).eval()
-    config = replace(CONFIG, autocast=True)
-    peak = parts_at_peak(config, SHAPE, CPU, WORK).generating
+    peak = parts_at_peak(replace(WORK, config=replace(CONFIG, autocast=True)), SHAPE, CPU).generating
     cache = DynamicCache(config=SHAPE)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16), Copies() as copies:
         model(input_ids=torch.ones(6, 9, dtype=torch.int64), past_key_values=cache, use_cache=True)
         alive = [copy for each in copies.found if (copy := each()) is not None]
         assert sum(copy.nbytes for copy in alive) == peak["weights in bfloat16"]
-    assert sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers) == peak["keys and values"]
+    assert sum(2 * layer.keys.nbytes for layer in cache.layers) == peak["keys and values"]
+    assert all(layer.values.numel() == layer.keys.numel() for layer in cache.layers)  # as wide or, since 5.24, half
 
 
 def test_operations_of_a_learner_step_are_those_that_torch_counts() -> None:
     model = LlamaForCausalLM(SHAPE).eval()
-    work = Workload.of(replace(CONFIG, group_size=2), [40, 40], 12)
+    work = Workload(replace(CONFIG, group_size=2), [40, 40], 12)
     ids = torch.zeros(4, 52, dtype=torch.int64)  # two prompts, two completions each, as separate rows
     with FlopCounterMode(display=False) as counter:
         hidden = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
@@ -222,15 +223,16 @@ def test_a_dry_run_of_several_ranks(capsys, monkeypatch, settings, expected) -> 
 
 
 def test_offloaded_state_is_on_the_cpu_and_not_in_the_peak() -> None:
-    work = replace(WORK, ranks=2, shards=2)
+    def lines(peak: Peak, **settings: Any) -> list[str]:
+        work = replace(WORK, ranks=2, config=replace(CONFIG, **settings))
+        return [text for _, text in _memory(work, torch.device("cuda"), rest, peak)]
+
     rest, peak = {"weights": 300 << 20, "gradients": 300 << 20}, Peak({"head": 7 << 20}, {"keys and values": 5 << 20})
-    gpu = torch.device("cuda")
-    lines = [dict_row for _, dict_row in _memory(replace(CONFIG, cpu_offload=True), gpu, work, rest, peak)]
-    assert lines[0] == "at rest on the CPU 600: weights 300, gradients 300"
-    assert lines[-1] == "~7.0 at the peak on cuda, without the runtime itself"
-    assert _memory(CONFIG, gpu, work, rest, peak)[-1][1] == "~607 at the peak, without the runtime itself"
-    vllm = replace(CONFIG, engine="vllm", engine_args={"gpu_memory_utilization": 0.5})
-    said = _memory(vllm, gpu, work, rest, Peak(peak.learning, {}))[2][1]
+    offloaded = lines(peak, cpu_offload=True)
+    assert offloaded[0] == "at rest on the CPU 600: weights 300, gradients 300"
+    assert offloaded[-1] == "~7.0 at the peak on cuda, without the runtime itself"
+    assert lines(peak)[-1] == "~607 at the peak, without the runtime itself"
+    said = lines(Peak(peak.learning, {}), engine="vllm", engine_args={"gpu_memory_utilization": 0.5})[2]
     assert said.startswith("and all the time what vLLM takes: 0.5 of a GPU's memory")
 
 

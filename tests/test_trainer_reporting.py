@@ -1,6 +1,7 @@
 """What a real run leaves and says when all goes well, when memory runs out, and when numbers are not finite."""
 
 import json
+import sys
 from dataclasses import replace
 from io import StringIO
 from pathlib import Path
@@ -16,7 +17,7 @@ from repo_ops.trainer.learner import Learner, ScoredSequence
 from repo_ops.trainer.log import read_record
 from repo_ops.trainer.loop import train
 from repo_ops.trainer.nonfinite import NonfiniteGuard
-from repo_ops.trainer.out_of_memory import is_out_of_memory
+from repo_ops.trainer.out_of_memory import explain, is_out_of_memory
 from repo_ops.trainer.run import Run, prepare
 from repo_ops.trainer.samples import read_samples
 
@@ -152,6 +153,14 @@ def test_out_of_memory_says_what_was_largest_and_what_helps(tmp_path: Path, monk
     assert any(line.startswith("  --recompute_layers true") for line in knobs)
     assert all("saves about" in line for line in knobs)
     assert "1 of 3 steps; stopped: out of memory on cpu while learning" in (tmp_path / "report.html").read_text()
+
+
+def test_out_of_memory_is_explained_without_peft_too(tmp_path: Path, monkeypatch) -> None:
+    run = prepared(tmp_path, sample_steps=0)
+    monkeypatch.setitem(sys.modules, "peft", None)
+    said = explain(run, ERRORS[0])
+    assert "  --beta 0 (no reference model): saves about" in said
+    assert "lora" not in said
 
 
 def test_out_of_memory_while_generating_names_what_generation_needs(tmp_path: Path, monkeypatch, capsys) -> None:

@@ -101,7 +101,7 @@ def held_and_kept(run):
     plan's for both.
     """
     model = run.model
-    work = Workload.of(run.config, [5, 5], 4, ranks=2)
+    work = Workload(run.config, [5, 5], 4, ranks=2)
     with whole(model):
         head = model.get_output_embeddings().weight
         held = sum(p.nbytes for p in model.parameters()) + 2 * head.numel()  # autocast keeps a copy of the head
@@ -128,7 +128,7 @@ def held_and_kept(run):
     # the layers' weights have been given back: their storages are empty
     kept = sum(storage.nbytes() for key, storage in saved.items() if key not in rest) + mask.numel()
     hidden.sum().backward()
-    return held, kept, parts_at_peak(run.config, model.config, torch.device("cpu"), work)
+    return held, kept, parts_at_peak(work, model.config, torch.device("cpu"))
 
 
 def tokens(groups):

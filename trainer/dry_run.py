@@ -11,18 +11,17 @@ from repo_ops.doctor import backend_of
 from repo_ops.trainer.config import TrainConfig, settings_as_json
 from repo_ops.trainer.data import PromptStream
 from repo_ops.trainer.distributed import as_started
-from repo_ops.trainer.door import check_ranks, check_settings, make_objective, make_task, open_rewards, open_source
+from repo_ops.trainer.door import check_ranks, check_settings, make_task, open_rewards, open_source
 from repo_ops.trainer.footprint import (
     Parameters,
     Peak,
     Workload,
     flops_of_step,
-    memory_at_rest,
     parts_at_peak,
+    planned_at_rest,
     sketched,
 )
 from repo_ops.trainer.models import load_shape
-from repo_ops.trainer.rollout import encode_prompts
 from repo_ops.trainer.rollout.load import GPU_MEMORY_UTILIZATION
 from repo_ops.trainer.throughput import peak_flops
 
@@ -50,26 +49,20 @@ def plan_of_run(config: TrainConfig) -> str:
     shape, tokenizer = load_shape(config.model, seed=config.seed)
     task = make_task(config, source, tokenizer)
     PromptStream(task.train, batch=config.prompts_per_step, seed=config.seed)
-    # of a large data set the first prompts stand for all: it lies on disk and is not read as a whole
-    lengths, heldout = (
-        [len(ids) for ids in encode_prompts(tokenizer, [example.prompt for example in examples])]
-        for examples in (task.train[:1000], task.heldout)
-    )
-    max_new_tokens = config.max_new_tokens or task.max_new_tokens
-    work = Workload.of(config, lengths, max_new_tokens, ranks=ranks.size, heldout=heldout)
-    reference = "ref_logps" in make_objective(config).reads and not config.lora_rank
+    work = Workload.of(config, task, tokenizer, ranks=ranks.size)
     with sketched(config, shape, device) as model:
         parameters = Parameters.of(model)
-        rest = {name: number // work.shards for name, number in memory_at_rest(model, reference=reference).items()}
+    rest, peak = planned_at_rest(work, shape, device), parts_at_peak(work, shape, device)
     compute = "bfloat16" if config.autocast else config.dtype
     counts = f"{_count(parameters.total)} parameters, {_count(parameters.trained)} of them trained"
     backend, reason = backend_of(device)
+    tokens = f"{min(work.lengths)} to {max(work.lengths)}"
     rows = [
         ("model", f"{config.model}: {counts}, in {config.dtype}; layers compute in {compute}"),
         ("device", f"{device}, head backend {backend}" + (f" (not triton: {reason})" if reason else "")),
-        ("data", f"{len(task.train)} prompts of {min(lengths)} to {max(lengths)} tokens, {len(task.heldout)} held out"),
-        *_steps(config, work, bool(task.heldout)),
-        *_memory(config, device, work, rest, parts_at_peak(config, shape, device, work)),
+        ("data", f"{len(task.train)} prompts of {tokens} tokens, {len(task.heldout)} held out"),
+        *_steps(work),
+        *_memory(work, device, rest, peak),
         *_arithmetic(config, flops_of_step(parameters, shape, work), device),
         *([("not used", f"{', '.join(config.idle)}: nothing is replayed")] if config.idle else []),
     ]
@@ -79,23 +72,24 @@ def plan_of_run(config: TrainConfig) -> str:
     return "\n".join([head, "", *(f"{label:<{width}}  {text}" for label, text in rows), "", "settings", *settings])
 
 
-def _steps(config: TrainConfig, work: Workload, evaluates: bool) -> Sequence[tuple[str, str]]:
+def _steps(work: Workload) -> Sequence[tuple[str, str]]:
+    config = work.config
     replayed = f" fresh + up to {work.replayed} replayed" if work.replayed else ""
-    generated = work.prompts * work.group_size * work.max_new_tokens
+    generated = config.prompts_per_step * config.group_size * work.max_new_tokens
     between = (config.steps - 1) // config.eval_steps if config.eval_steps else 0
-    evaluations = f"{2 + between} evaluations" if evaluates else "no evaluation"
-    completions = f"{work.group_size}{replayed} completions of at most {work.max_new_tokens} tokens"
+    evaluations = f"{2 + between} evaluations" if work.heldout else "no evaluation"
+    completions = f"{config.group_size}{replayed} completions of at most {work.max_new_tokens} tokens"
     tokens = f"~{_count(generated)} tokens generated a step, ~{_count(generated * config.steps)} in all"
     return [
-        ("step", f"{work.prompts} prompts x {completions}"),
+        ("step", f"{config.prompts_per_step} prompts x {completions}"),
         ("micro-batch", f"at most {config.micro_batch_tokens} tokens: ~{work.rows} rows of ~{work.row}"),
         ("run", f"{config.steps} steps, {evaluations}; {tokens}"),
     ]
 
 
-def _memory(
-    config: TrainConfig, device: torch.device, work: Workload, rest: dict[str, int], peak: Peak
-) -> Sequence[tuple[str, str]]:
+def _memory(work: Workload, device: torch.device, rest: dict[str, int], peak: Peak) -> Sequence[tuple[str, str]]:
+    config = work.config
+
     def listed(parts: dict[str, int]) -> str:
         return f"{_mib(sum(parts.values()))}: " + ", ".join(f"{name} {_mib(number)}" for name, number in parts.items())
 

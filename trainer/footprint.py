@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,27 +18,19 @@ from torch._subclasses import FakeTensorMode
 from repo_ops.head.plan import CPU_BUDGET, CPU_ROWS, GPU_ROWS
 from repo_ops.trainer.config import TrainConfig
 from repo_ops.trainer.distributed import decoder_layers
+from repo_ops.trainer.door import make_objective
 from repo_ops.trainer.lora import add_lora
 from repo_ops.trainer.recompute import recompute_layers
+from repo_ops.trainer.rollout import encode_prompts
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = [
-    "ACTIVATIONS",
-    "CACHE",
-    "GATHERED_MODEL",
-    "Parameters",
-    "Peak",
-    "Workload",
-    "activation_bytes",
-    "flops_of_step",
-    "memory_at_rest",
-    "parts_at_peak",
-    "sketched",
-]
+    from repo_ops.trainer.tasks import Task
 
-ACTIVATIONS, CACHE, GATHERED_MODEL = "activations of a micro-batch", "keys and values", "gathered model"
+__all__ = ["Parameters", "Peak", "Workload", "flops_of_step", "memory_at_rest", "parts_at_peak", "planned_at_rest"]
+
+ACTIVATIONS = "activations of a micro-batch"
 
 SEQUENCES_AT_ONCE = 128
 """Most sequences that rollout/hf.py samples together."""
@@ -45,66 +38,69 @@ SEQUENCES_AT_ONCE = 128
 
 @dataclass(frozen=True)
 class Workload:
-    """Sizes of a step, in tokens."""
+    """A step of a run; its sizes are in tokens."""
 
-    longest_prompt: int
-    mean_prompt: float
+    config: TrainConfig
+    lengths: Sequence[int]
+    """Tokens of each prompt to train on."""
     max_new_tokens: int
-    prompts: int
-    group_size: int
-    replayed: int
-    """Of each prompt, at most."""
-    micro_batch_tokens: int
-    ranks: int
+    ranks: int = 1
     """Processes that share the step out; with more than one, the model is sharded."""
-    shards: int
-    """Ranks that hold one copy of the model together."""
-    sampled: int
-    """Tokens that one rank samples at once, prompts included, at most: in a step or in an evaluation."""
+    heldout: Sequence[int] = ()
+    """Tokens of each prompt held out."""
 
     @classmethod
-    def of(
-        cls,
-        config: TrainConfig,
-        lengths: Sequence[int],
-        max_new_tokens: int,
-        *,
-        ranks: int = 1,
-        heldout: Sequence[int] = (),
-    ) -> Workload:
-        """From a run's settings and the lengths of its prompts in tokens, those to train on and those held out."""
-        asked = ((config.prompts_per_step, config.group_size, lengths), (len(heldout), config.heldout_samples, heldout))
-        return cls(
-            longest_prompt=max(lengths),
-            mean_prompt=sum(lengths) / len(lengths),
-            max_new_tokens=max_new_tokens,
-            prompts=config.prompts_per_step,
-            group_size=config.group_size,
-            replayed=config.replay_num if config.replay else 0,
-            micro_batch_tokens=config.micro_batch_tokens,
-            ranks=ranks,
-            shards=ranks // config.replicas,
-            sampled=max(
-                min(SEQUENCES_AT_ONCE, -(-prompts // ranks) * samples) * (max(each, default=0) + max_new_tokens)
-                for prompts, samples, each in asked
-            ),
+    def of(cls, config: TrainConfig, task: Task, tokenizer: PreTrainedTokenizerBase, *, ranks: int) -> Workload:
+        """From a run's settings and its prompts."""
+        # of a large data set the first prompts stand for all: it lies on disk and is not read as a whole
+        lengths, heldout = (
+            [len(ids) for ids in encode_prompts(tokenizer, [example.prompt for example in examples])]
+            for examples in (task.train[:1000], task.heldout)
+        )
+        return cls(config, lengths, config.max_new_tokens or task.max_new_tokens, ranks, heldout)
+
+    @property
+    def longest(self) -> int:
+        """Of a prompt with one completion."""
+        return max(self.lengths) + self.max_new_tokens
+
+    @property
+    def replayed(self) -> int:
+        """Completions of each prompt, at most."""
+        return self.config.replay_num if self.config.replay else 0
+
+    @property
+    def shards(self) -> int:
+        """Ranks that hold one copy of the model together."""
+        return self.ranks // self.config.replicas
+
+    @property
+    def sampled(self) -> int:
+        """Tokens that one rank samples at once, prompts included, at most: in a step or in an evaluation."""
+        config, heldout = self.config, self.heldout
+        return max(
+            min(SEQUENCES_AT_ONCE, -(-prompts // self.ranks) * samples) * (max(each, default=0) + self.max_new_tokens)
+            for prompts, samples, each in (
+                (config.prompts_per_step, config.group_size, self.lengths),
+                (len(heldout), config.heldout_samples, heldout),
+            )
         )
 
     @property
     def row(self) -> int:
         """Longest packed row: a prompt with all its completions, if that fits a micro-batch."""
-        whole = self.longest_prompt + (self.group_size + self.replayed) * self.max_new_tokens
-        return max(min(whole, self.micro_batch_tokens), self.longest_prompt + self.max_new_tokens)
+        whole = max(self.lengths) + (self.config.group_size + self.replayed) * self.max_new_tokens
+        return max(min(whole, self.config.micro_batch_tokens), self.longest)
 
     @property
     def rows(self) -> int:
         """Packed rows of the largest micro-batch."""
-        return max(1, min(self.micro_batch_tokens // self.row, -(-self.prompts // self.ranks)))
+        return max(1, min(self.config.micro_batch_tokens // self.row, -(-self.config.prompts_per_step // self.ranks)))
 
     @property
     def completions(self) -> int:
         """Fresh and replayed completions of a step."""
-        return self.prompts * (self.group_size + self.replayed)
+        return self.config.prompts_per_step * (self.config.group_size + self.replayed)
 
 
 @dataclass(frozen=True)
@@ -140,6 +136,14 @@ def memory_at_rest(model: PreTrainedModel, *, reference: bool) -> dict[str, int]
     return {**parts, "reference model": weights} if reference else parts
 
 
+def planned_at_rest(work: Workload, shape: PretrainedConfig, device: torch.device) -> dict[str, int]:
+    """`memory_at_rest` of a run on each of its ranks, without its model."""
+    reference = "ref_logps" in make_objective(work.config).reads and not work.config.lora_rank
+    with sketched(work.config, shape, device) as model:
+        parts = memory_at_rest(model, reference=reference)
+    return {name: number // work.shards for name, number in parts.items()}
+
+
 def _local_bytes(parameter: torch.Tensor) -> int:
     local = getattr(parameter, "_local_tensor", parameter)  # of a sharded one, what lies here
     return local.numel() * local.element_size()
@@ -161,17 +165,15 @@ class Peak:
         return max(sum(self.learning.values()), sum(self.generating.values()))
 
 
-def parts_at_peak(config: TrainConfig, shape: PretrainedConfig, device: torch.device, work: Workload) -> Peak:
+def parts_at_peak(work: Workload, shape: PretrainedConfig, device: torch.device) -> Peak:
     """What comes on top of `memory_at_rest` while a step learns, and while it generates."""
-    learning = {
-        ACTIVATIONS: activation_bytes(config, shape, device, work),
-        "head": head_bytes(shape, device, getattr(torch, config.dtype), work),
-    }
-    generating = {CACHE: cache_bytes(config, shape, work)}
+    config = work.config
+    learning = {ACTIVATIONS: activation_bytes(work, shape, device), "head": head_bytes(work, shape, device)}
+    generating = {"keys and values": cache_bytes(work, shape)}
     with sketched(config, shape, device) as model:
         if work.ranks > 1:
             learning["gathered layers, embeddings and head"] = gathered_bytes(model, config)
-            generating[GATHERED_MODEL] = whole_bytes(model, config) + cast_bytes(model, config, layers=False)
+            generating["gathered model"] = whole_bytes(model, config) + cast_bytes(model, config, layers=False)
         elif config.autocast:
             generating["weights in bfloat16"] = cast_bytes(model, config, layers=True)
     return Peak(learning, generating if config.engine == "hf" else {})
@@ -251,27 +253,27 @@ def sketched(
         yield model
 
 
-def activation_bytes(config: TrainConfig, shape: PretrainedConfig, device: torch.device, work: Workload) -> int:
+def activation_bytes(work: Workload, shape: PretrainedConfig, device: torch.device) -> int:
     """Bytes that autograd keeps of the layers below the head for the largest micro-batch, at the peak.
 
     With recompute_layers: the input of every layer, and what one of them keeps while it is computed again.
     """
-    kept = _saved_bytes(config, shape, device, work)
-    if not config.recompute_layers:
+    kept = _saved_bytes(work, shape, device, recompute=work.config.recompute_layers)
+    if not work.config.recompute_layers:
         return kept
-    whole = _saved_bytes(replace(config, recompute_layers=False), shape, device, work)
+    whole = _saved_bytes(work, shape, device, recompute=False)
     return kept + (whole - kept) // shape.get_text_config().num_hidden_layers
 
 
-def _saved_bytes(config: TrainConfig, shape: PretrainedConfig, device: torch.device, work: Workload) -> int:
+def _saved_bytes(work: Workload, shape: PretrainedConfig, device: torch.device, *, recompute: bool) -> int:
     """Counted, not modelled: the layers run once on tensors without storage, and what is saved for the backward is
     added up, each storage once, weights left out.
     """
-    saved: dict[int, Any] = {}
+    config, saved = work.config, dict[int, Any]()
     # ranks gather layers in the dtype that is computed in, and give them back: no cast of a weight is kept
     with sketched(config, shape, device, layers=_compute_dtype(config) if work.ranks > 1 else None) as model:
         weights = {p.untyped_storage()._cdata for p in model.parameters()}
-        if config.recompute_layers:
+        if recompute:
             recompute_layers(model)
 
         def note(tensor: torch.Tensor) -> torch.Tensor:
@@ -293,7 +295,7 @@ def _saved_bytes(config: TrainConfig, shape: PretrainedConfig, device: torch.dev
     return sum(storage.nbytes() for storage in saved.values()) + mask.numel()
 
 
-def head_bytes(shape: PretrainedConfig, device: torch.device, dtype: torch.dtype, work: Workload) -> int:
+def head_bytes(work: Workload, shape: PretrainedConfig, device: torch.device) -> int:
     """Bytes that the fused head holds beyond hidden states and gradients: its tile; for 16-bit weights float32 sums.
 
     A tile holds all completion tokens of the micro-batch, unless they are more than the default budget.
@@ -302,19 +304,20 @@ def head_bytes(shape: PretrainedConfig, device: torch.device, dtype: torch.dtype
     row = 4 * (text.vocab_size + 3 * text.hidden_size)
     tile = row * work.rows * work.row
     limit = max(CPU_BUDGET, CPU_ROWS * row) if device.type == "cpu" else GPU_ROWS * row
-    sums = 4 * text.vocab_size * text.hidden_size if dtype != torch.float32 else 0
+    sums = 4 * text.vocab_size * text.hidden_size if work.config.dtype != "float32" else 0
     return min(tile, limit) + sums
 
 
-def cache_bytes(config: TrainConfig, shape: PretrainedConfig, work: Workload) -> int:
+def cache_bytes(work: Workload, shape: PretrainedConfig) -> int:
     """Bytes of keys and values of the sequences that a rank generates together, each at its full length.
 
-    In the weights' dtype: autocast's keys come out of the rotation by float32 angles in float32, and values join them.
+    In the weights' dtype: autocast's keys come out of the rotation by float32 angles in float32, and values join them;
+    from transformers 5.24 on they stay in bfloat16, and this is a third too much.
     """
     text = shape.get_text_config()
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    return 2 * text.num_hidden_layers * heads * width * getattr(torch, config.dtype).itemsize * work.sampled
+    return 2 * text.num_hidden_layers * heads * width * getattr(torch, work.config.dtype).itemsize * work.sampled
 
 
 def flops_of_step(parameters: Parameters, shape: PretrainedConfig, work: Workload) -> dict[str, float]:
@@ -327,12 +330,13 @@ def flops_of_step(parameters: Parameters, shape: PretrainedConfig, work: Workloa
     """
     text = shape.get_text_config()
     width = (getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads) * text.num_attention_heads
-    completion = work.mean_prompt + work.max_new_tokens / 2  # mean context of a completion token
+    prompt = fmean(work.lengths)
+    completion = prompt + work.max_new_tokens / 2  # mean context of a completion token
     attention = 4 * text.num_hidden_layers * width
-    fresh = work.prompts * work.group_size * work.max_new_tokens
+    prompts = work.config.prompts_per_step
+    fresh = prompts * work.config.group_size * work.max_new_tokens
     learned = work.completions * work.max_new_tokens
-    prompts = work.prompts * work.mean_prompt
-    prompt_flops = prompts * (2 * parameters.backbone + attention * work.mean_prompt / 2)
+    prompt_flops = prompts * prompt * (2 * parameters.backbone + attention * prompt / 2)
     token_flops = 2 * parameters.backbone + attention * completion
     passes = 2 + parameters.trained / parameters.total
     return {
