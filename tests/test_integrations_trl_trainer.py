@@ -368,7 +368,6 @@ def test_kept_ids_make_the_ratio_of_a_truncated_sampler_one(tmp_path, monkeypatc
 REFUSED = {
     "loss_type": ({"loss_type": "bnpo"}, "loss_type: expected one of"),
     "unknown loss": ({"loss_type": "grrpo"}, "loss_type: expected one of"),
-    "level": ({"loss_type": "sapo", "importance_sampling_level": "sequence"}, "loss_type: expected one of"),
     "cispo's cap": ({"loss_type": "cispo"}, "epsilon_high: expected the largest ratio"),
     "quantile": ({"top_entropy_quantile": 0.2}, "top_entropy_quantile: expected its default 1.0, got 0.2"),
     "bonus": ({"entropy_coef": 0.01}, "entropy_coef: expected its default"),
@@ -393,7 +392,7 @@ REFUSED = {
         "steps_per_generation: expected a multiple",
     ),
     "strategy": ({"replay": "newest"}, "replay: expected one of full_scope, random"),
-    "capacity": ({"replay_capacity": 2}, "replay_capacity: expected at least 4"),
+    "capacity": ({"replay_capacity": 2}, "replay_capacity: expected at least replay_min_size = 4, got 2"),
     "coefficient": ({"off_policy_coef": 0.0}, "off_policy_coef: expected more than 0"),
     "top_p": ({"top_p": 0.9}, "replay: expected top_p=1"),
     "kwargs": ({"generation_kwargs": {"top_k": 3}}, "replay: expected top_p=1"),
@@ -403,6 +402,27 @@ REFUSED = {
     "mixed without": ({"advantage_mode": "mixed", "replay": None}, "advantage_mode: expected 'split' without replay"),
     "estimator": ({"advantage_estimator": "grpoo"}, "grpoo"),
     "estimator's": ({"advantage_args": {"eps": 1}}, "advantage_args: expected none"),
+    "two scales": (
+        {"advantage_estimator": "rloo", "scale_rewards": "none"},
+        "scale_rewards: expected its default 'group' with advantage_estimator, got 'none'",
+    ),
+    "two sums": (
+        {"advantage_estimator": "rloo", "replay": None, "multi_objective_aggregation": "normalize_then_sum"},
+        "multi_objective_aggregation: expected its default",
+    ),
+    "two samplers": (
+        {"use_vllm": True, "objective": "grpo", "objective_args": {"sampler_weight": "token_mask"}},
+        "objective_args: expected no sampler_weight .* set vllm_importance_sampling_mode",
+    ),
+    "regex": ({"use_vllm": True, "vllm_structured_outputs_regex": "a+"}, "vllm_structured_outputs_regex; the stored"),
+    "hyper of nothing": (
+        {"replay": None, "shared_rows": False, "objective_args": {"eps_low": 0.1}},
+        "objective_args: expected none without objective",
+    ),
+    "no such level": (
+        {"loss_type": "sapo", "importance_sampling_level": "sequence"},
+        "importance_sampling_level: expected 'token' with loss_type 'sapo', got 'sequence'",
+    ),
 }
 
 
@@ -411,6 +431,13 @@ def test_an_option_that_the_loss_does_not_read_is_refused(tmp_path, what):
     options, message = REFUSED[what]
     with pytest.raises(ValueError, match=message):
         RePOConfig(**settings(tmp_path, **({"replay_min_size": 4, "replay_capacity": 8} | options)))
+
+
+def test_settings_of_what_is_off_are_named(tmp_path):
+    with pytest.warns(UserWarning, match="replay_num, off_policy_coef: not read with replay=None"):
+        RePOConfig(**settings(tmp_path, replay=None, replay_num=4, off_policy_coef=0.5))
+    with pytest.warns(UserWarning, match="row_tokens: not read with shared_rows=False"):
+        RePOConfig(**settings(tmp_path, shared_rows=False, row_tokens=512))
 
 
 def test_what_the_trainer_cannot_do_is_refused(tmp_path):

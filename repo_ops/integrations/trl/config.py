@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -20,6 +21,13 @@ SCALES = {"group": "grpo", "none": "dr_grpo"}
 """TRL's scale_rewards -> our estimator of the same advantages."""
 READABLE = frozenset({"ref_logps", "sampler_logps", "entropy"})
 """What an objective may read beside log-probabilities: all that TRL's rows hold."""
+
+
+UNREAD_WITHOUT = {
+    "replay": ("replay_num", "replay_capacity", "replay_min_size", "off_policy_coef"),
+    "shared_rows": ("row_tokens",),
+}
+"""Setting -> those that mean nothing where it is off."""
 
 
 @dataclass
@@ -71,15 +79,25 @@ class RePOConfig(GRPOConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, least in {"replay_num": 1, "replay_capacity": self.replay_min_size, "replay_min_size": 1}.items():
-            if getattr(self, name) < least:
-                raise ValueError(f"{name}: expected at least {least}, got {getattr(self, name)}")
+        for name in ("replay_num", "replay_min_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        if self.replay_capacity < self.replay_min_size:
+            raise ValueError(
+                f"replay_capacity: expected at least replay_min_size = {self.replay_min_size}, got "
+                f"{self.replay_capacity}; replay would never start"
+            )
         if self.row_tokens < 1:
             raise ValueError(f"row_tokens: expected at least 1, got {self.row_tokens}")
         if not self.off_policy_coef > 0:
             raise ValueError(f"off_policy_coef: expected more than 0, got {self.off_policy_coef}; or set replay=None")
         self._check_advantages()
+        self._warn_of_unread()
         if not self.uses_ours:
+            if self.objective_args:
+                raise ValueError(
+                    f"objective_args: expected none without objective, got {self.objective_args}; name one"
+                )
             return
         refuse_unread(self)
         self._check_objective()
@@ -101,7 +119,12 @@ class RePOConfig(GRPOConfig):
     def truncates_sampling(self) -> bool:
         """Whether completions come from another distribution than softmax(logits / temperature)."""
         return bool(
-            self.top_p != 1 or self.top_k or self.min_p or self.repetition_penalty != 1 or self.generation_kwargs
+            self.top_p != 1
+            or self.top_k
+            or self.min_p
+            or self.repetition_penalty != 1
+            or self.generation_kwargs
+            or self.vllm_structured_outputs_regex
         )
 
     @property
@@ -111,6 +134,13 @@ class RePOConfig(GRPOConfig):
             return {"mode": self.advantage_mode, "estimator": SCALES.get(self.scale_rewards, "grpo")}
         hyper = mapping("advantage_args", self.advantage_args)
         return {"mode": self.advantage_mode, "estimator": self.advantage_estimator, **hyper}
+
+    def _warn_of_unread(self) -> None:
+        """A warning, not an error: the same settings with replay and without it are a comparison that people make."""
+        for reader, names in UNREAD_WITHOUT.items():
+            given = [] if getattr(self, reader) else [name for name in names if getattr(self, name) != _default(name)]
+            if given:
+                warnings.warn(f"{', '.join(given)}: not read with {reader}={getattr(self, reader)}", stacklevel=4)
 
     def _check_objective(self) -> None:
         objective = objective_of(self)
@@ -131,6 +161,12 @@ class RePOConfig(GRPOConfig):
             raise ValueError(f"advantage_mode: expected 'split' or 'mixed', got {self.advantage_mode!r}")
         if self.advantage_estimator is not None:
             get_estimator(self.advantage_estimator, **mapping("advantage_args", self.advantage_args))
+            for name in ("scale_rewards", "multi_objective_aggregation"):
+                if getattr(self, name) != _default(name):
+                    raise ValueError(
+                        f"{name}: expected its default {_default(name)!r} with advantage_estimator, got "
+                        f"{getattr(self, name)!r}; that estimator takes the weighted sum of the rewards as it is"
+                    )
         elif self.advantage_args:
             raise ValueError(f"advantage_args: expected none without advantage_estimator, got {self.advantage_args}")
         if not self.uses_ours and self.advantage_estimator is not None:
@@ -143,8 +179,9 @@ class RePOConfig(GRPOConfig):
             raise ValueError(f"replay: expected one of {', '.join(strategy_names())} or None, got {self.replay!r}")
         if self.truncates_sampling:
             raise ValueError(
-                "replay: expected top_p=1, top_k=0, min_p=None, repetition_penalty=1 and no generation_kwargs; the "
-                "stored log-probabilities would belong to another distribution than the learner's"
+                "replay: expected top_p=1, top_k=0, min_p=None, repetition_penalty=1, no generation_kwargs and no "
+                "vllm_structured_outputs_regex; the stored log-probabilities would belong to another distribution than "
+                "the learner's"
             )
         if self.multi_objective_aggregation != "sum_then_normalize":
             raise ValueError(
@@ -156,3 +193,7 @@ class RePOConfig(GRPOConfig):
                 f"scale_rewards: expected 'group' or 'none' with replay, got {self.scale_rewards!r}; replayed samples "
                 "are compared with those of their prompt"
             )
+
+
+def _default(name: str) -> Any:
+    return RePOConfig.__dataclass_fields__[name].default

@@ -75,7 +75,13 @@ def objective_of(config: RePOConfig) -> Objective:
             raise ValueError(f"beta: expected {config.beta} in objective_args too, got {hyper['beta']}; set beta alone")
         hyper = ({"beta": config.beta} if config.beta else {}) | hyper
     if config.use_vllm and config.vllm_importance_sampling_correction:
-        hyper |= {ours: getattr(config, theirs) for theirs, ours in SAMPLER.items()}
+        for theirs, ours in SAMPLER.items():
+            if ours in hyper:
+                raise ValueError(
+                    f"objective_args: expected no {ours} with vllm_importance_sampling_correction, got "
+                    f"{hyper[ours]!r}; set {theirs}, or switch that correction off"
+                )
+            hyper[ours] = getattr(config, theirs)
     try:
         return get_objective(name, **hyper)
     except ValueError as error:
@@ -104,12 +110,14 @@ def refuse_unread(config: RePOConfig) -> None:
 def _of_trls_loss(config: RePOConfig) -> tuple[str, dict[str, Any]]:
     loss, level = config.loss_type, config.importance_sampling_level
     if (loss, level) not in LOSSES:
+        remedy = "objective=... chooses any objective of repo_ops"
+        if levels := [at for name, at in LOSSES if name == loss]:
+            raise ValueError(
+                f"importance_sampling_level: expected {levels[0]!r} with loss_type {loss!r}, got {level!r}; {remedy}"
+            )
         known = ", ".join(sorted({name for name, _ in LOSSES}))
-        reason = "averages over a micro-batch, which replayed rows and live rows change" if loss == "bnpo" else "is not"
-        raise ValueError(
-            f"loss_type: expected one of {known} at a level of importance sampling that it has here, "
-            f"got {loss!r} at {level!r}, which {reason}; objective=... chooses any objective of repo_ops"
-        )
+        reason = ", which averages over a micro-batch, and replayed and live rows change that" if loss == "bnpo" else ""
+        raise ValueError(f"loss_type: expected one of {known}, got {loss!r}{reason}; {remedy}")
     name, preset = LOSSES[loss, level]
     hyper = dict(preset)
     read = {"loss_type", "importance_sampling_level", "use_bias_correction_kl", "off_policy_mask_threshold"}

@@ -96,9 +96,10 @@ class RePOTrainer(GRPOTrainer):
                 raise ValueError(f"{what}: not supported by RePOTrainer's loss; {remedy}")
         if args.truncates_sampling and self.rollout_func is None:
             raise ValueError(
-                "top_p, top_k, min_p, repetition_penalty, generation_kwargs: expected none, since TRL's engines do not "
-                "report which tokens were kept and every ratio would be biased; sample from the whole distribution, or "
-                "return support_ids (the kept ids of each token) from a rollout_func"
+                "top_p, top_k, min_p, repetition_penalty, generation_kwargs, vllm_structured_outputs_regex: expected "
+                "none, since TRL's engines do not report which tokens were kept and every ratio would be biased; "
+                "sample from the whole distribution, or return support_ids (the kept ids of each token) from a "
+                "rollout_func"
             )
         if args.shared_rows and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             raise ValueError(
