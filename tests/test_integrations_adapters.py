@@ -157,6 +157,9 @@ def test_skyrl_hands_the_samplers_log_probabilities_to_objectives_that_read_them
         skyrl.skyrl_loss(get_objective("grpo", beta=0.1))
     with pytest.raises(ValueError, match="objective: reads topk"):
         skyrl.skyrl_loss(get_objective("dppo_topk"))
+    for adapter in (skyrl.skyrl_loss, openrlhf.PolicyLoss):
+        with pytest.raises(TypeError, match="objective: expected an objective, got 'gspo'; get_objective"):
+            adapter("gspo")
 
 
 # --- OpenRLHF: the loss divides by the counts of the global batch, times dp_size

@@ -166,21 +166,25 @@ def test_rollout_weights_are_a_factor_of_the_loss(host):
 
 
 def test_an_objective_of_ones_own_keeps_its_settings(host):
-    given, mine = batch(), get_objective("grpo", eps_low=0.05, eps_high=0.4, beta=0.1)
+    given, mine = batch(), get_objective("grpo", eps_low=0.05, eps_high=0.4)
     ours.register_objective("mine", mine)
     loss, _, _ = call(host, "mine", given, settings(0.2, 0.2))
     torch.testing.assert_close(loss, clipped(given, 0.05, 0.4)[given[3]].sum() / sum(LENGTHS), **EXACT)
     with pytest.raises(ValueError, match="name: expected one that verl does not have yet"):
         ours.register_objective("mine", mine)
-    with pytest.raises(ValueError, match="objective: reads sampler_logps"):
+    with pytest.raises(ValueError, match="got one that reads sampler_logps"):
         ours.register_objective("tis", get_objective("grpo_tis"))
+    with pytest.raises(ValueError, match=r"got 0\.1 and 0\.0; verl adds both terms itself"):
+        ours.register_objective("kl", get_objective("grpo", beta=0.1))
+    with pytest.raises(TypeError, match="objective: expected an objective, got 'gspo'; get_objective"):
+        ours.register_objective("name", "gspo")
 
 
 def test_wrong_settings_are_refused_by_name(host):
     ours.register()
     with pytest.raises(ValueError, match="loss_agg_mode: expected one of token-mean"):
         call(host, "repo_ops/grpo", batch(), settings(), "tokens")
-    with pytest.raises(ValueError, match=r"global_batch_info: expected the global batch's counts"):
+    with pytest.raises(ValueError, match=r"global_batch_info: expected \w+ with dp_size = 2"):
         call(host, "repo_ops/grpo", batch(), settings(dp_size=2))
 
 

@@ -38,6 +38,10 @@ class PolicyLoss(nn.Module):
 
     def __init__(self, objective: Objective) -> None:
         super().__init__()
+        if not isinstance(objective, Objective):
+            raise TypeError(
+                f"objective: expected an objective, got {objective!r}; get_objective(name) makes one of a name"
+            )
         if objective.beta or objective.entropy_coef:
             raise ValueError("objective: expected beta = entropy_coef = 0, as OpenRLHF's actor adds both terms itself")
         if unknown := sorted(objective.reads - {"old_logps", "sampler_logps"}):

@@ -28,6 +28,8 @@ def skyrl_loss(objective: Objective) -> Callable[..., tuple[Tensor, dict[str, fl
         ValueError: the objective reads more than log-probabilities of the sampler, or adds a KL or entropy term, whose
             size SkyRL's factor in the advantages would not reach.
     """
+    if not isinstance(objective, Objective):
+        raise TypeError(f"objective: expected an objective, got {objective!r}; get_objective(name) makes one of a name")
     if objective.beta or objective.entropy_coef:
         raise ValueError("objective: expected beta = entropy_coef = 0, as SkyRL adds both terms itself")
     if unknown := sorted(objective.reads - {"old_logps", "sampler_logps"}):

@@ -57,13 +57,22 @@ def verl_policy_loss(objective: Objective, *, widths_of_verl: bool = False) -> C
     and `clip_ratio_c` its delta where that is set, as in verl's own losses.
 
     Raises:
-        ValueError: the objective reads what verl does not pass to a policy loss.
+        TypeError: no objective. ValueError: it adds a KL or entropy term, or reads what verl does not pass to a
+            policy loss.
     """
-    objective = dataclasses.replace(objective, beta=0.0, entropy_coef=0.0)  # verl adds both terms itself
+    if not isinstance(objective, Objective):
+        raise TypeError(
+            f"objective: expected an objective, got {objective!r}; get_objective(name, ...) makes one of a name"
+        )
+    if objective.beta or objective.entropy_coef:
+        raise ValueError(
+            f"objective: expected beta = entropy_coef = 0, got {objective.beta} and {objective.entropy_coef}; verl "
+            "adds both terms itself (actor.use_kl_loss with kl_loss_coef, actor.entropy_coeff)"
+        )
     if unknown := sorted(objective.reads - {"old_logps"}):
         raise ValueError(
-            f"objective: reads {', '.join(unknown)}, expected one that reads no more than old_logps, which is all that "
-            "verl hands to a policy loss"
+            f"objective: expected one that reads no more than old_logps, which is all that verl hands to a policy "
+            f"loss, got one that reads {', '.join(unknown)}; choose another"
         )
 
     told: set[str] = set()
@@ -120,7 +129,7 @@ def register_objective(name: str, objective: Objective, *, widths_of_verl: bool 
     """
     core_algos = _core_algos()
     if name in core_algos.POLICY_LOSS_REGISTRY:
-        raise ValueError(f"name: expected one that verl does not have yet, got {name!r}")
+        raise ValueError(f"name: expected one that verl does not have yet, got {name!r}; choose another")
     core_algos.register_policy_loss(name)(verl_policy_loss(objective, widths_of_verl=widths_of_verl))
 
 
@@ -269,7 +278,11 @@ def _as_verl_averages(
     tokens, sequences = info.get("batch_num_tokens"), info.get("global_batch_size")
     missing = tokens is None if loss_agg_mode == "token-mean" else sequences is None
     if dp_size > 1 and missing and loss_agg_mode != "token-sum":
-        raise ValueError("config.global_batch_info: expected the global batch's counts where dp_size > 1, got None")
+        name = "batch_num_tokens" if loss_agg_mode == "token-mean" else "global_batch_size"
+        raise ValueError(
+            f"config.global_batch_info: expected {name} with dp_size = {dp_size} and loss_agg_mode {loss_agg_mode!r}, "
+            "got None; pass the count of the global batch, as verl's actor does"
+        )
     if tokens is None:
         tokens = mask.sum()
     if sequences is None:
