@@ -142,7 +142,7 @@ def make_trainer(name: str, setting: Setting, folder: Path, reward: Callable[...
         use_cpu=True,
         report_to="none",
         disable_tqdm=True,
-        **({} if kind is GRPOConfig else replay | SIDES[name]),
+        **(replay if name == "repo" else SIDES[name]),
         **more,
     )
     return trainer(
@@ -393,11 +393,11 @@ def training_table(rows: list[dict[str, Any]]) -> str:
     add("parameters apart, largest", lambda row: f"{row['parameters_apart_largest']:.0e}")
     add("beyond 1e-6", lambda row: f"{row['parameters_beyond_1e-6']} of {row['parameters']:,}")
     add("moves apart, of their norm", lambda row: f"{row['moves_apart']:.0e}")
-    for side in ("installed", "not installed"):
-        add(
-            f"calls of our head + TRL's, {side}",
-            lambda row, side=side: "{ours} + {trl}".format(**row["head_calls"][side]),
-        )
+    add("calls of our head + TRL's, installed", lambda row: "{ours} + {trl}".format(**row["head_calls"]["installed"]))
+    add(
+        "calls of our head + TRL's, not installed",
+        lambda row: "{ours} + {trl}".format(**row["head_calls"]["not installed"]),
+    )
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
