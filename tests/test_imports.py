@@ -117,6 +117,7 @@ THIRD_PARTY = {
         "datasets",
         "gguf",
         "huggingface_hub",
+        "jinja2",
         "jsonargparse",
         "liger_kernel",
         "math_verify",

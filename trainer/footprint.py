@@ -7,7 +7,7 @@ data, and allocators round.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
@@ -169,7 +169,7 @@ def parts_at_peak(work: Workload, shape: PretrainedConfig, device: torch.device)
     """What comes on top of `memory_at_rest` while a step learns, and while it generates."""
     config = work.config
     learning = {ACTIVATIONS: activation_bytes(work, shape, device), "head": head_bytes(work, shape, device)}
-    generating = {"keys and values": cache_bytes(work, shape)}
+    generating = {"keys and values": cache_bytes(work, shape, device)}
     with sketched(config, shape, device) as model:
         if work.ranks > 1:
             learning["gathered layers, embeddings and head"] = gathered_bytes(model, config)
@@ -270,8 +270,7 @@ def _saved_bytes(work: Workload, shape: PretrainedConfig, device: torch.device, 
     added up, each storage once, weights left out.
     """
     config, saved = work.config, dict[int, Any]()
-    # ranks gather layers in the dtype that is computed in, and give them back: no cast of a weight is kept
-    with sketched(config, shape, device, layers=_compute_dtype(config) if work.ranks > 1 else None) as model:
+    with _layers_of(work, shape, device) as model:
         weights = {p.untyped_storage()._cdata for p in model.parameters()}
         if recompute:
             recompute_layers(model)
@@ -284,8 +283,7 @@ def _saved_bytes(work: Workload, shape: PretrainedConfig, device: torch.device, 
 
         size = (work.rows, work.row)
         mask = torch.ones(work.rows, 1, work.row, work.row, dtype=torch.bool)
-        precision = torch.autocast(device.type, dtype=torch.bfloat16) if config.autocast else nullcontext()
-        with precision, torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        with _precision(config, device), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
             model.get_decoder()(
                 input_ids=torch.zeros(size, dtype=torch.int64),
                 position_ids=torch.arange(work.row).expand(size),
@@ -293,6 +291,17 @@ def _saved_bytes(work: Workload, shape: PretrainedConfig, device: torch.device, 
                 use_cache=False,
             )
     return sum(storage.nbytes() for storage in saved.values()) + mask.numel()
+
+
+def _layers_of(
+    work: Workload, shape: PretrainedConfig, device: torch.device
+) -> AbstractContextManager[PreTrainedModel]:
+    # ranks gather layers in the dtype that is computed in, and give them back: no cast of a weight is kept
+    return sketched(work.config, shape, device, layers=_compute_dtype(work.config) if work.ranks > 1 else None)
+
+
+def _precision(config: TrainConfig, device: torch.device) -> AbstractContextManager[Any]:
+    return torch.autocast(device.type, dtype=torch.bfloat16) if config.autocast else nullcontext()
 
 
 def head_bytes(work: Workload, shape: PretrainedConfig, device: torch.device) -> int:
@@ -308,16 +317,18 @@ def head_bytes(work: Workload, shape: PretrainedConfig, device: torch.device) ->
     return min(tile, limit) + sums
 
 
-def cache_bytes(work: Workload, shape: PretrainedConfig) -> int:
+def cache_bytes(work: Workload, shape: PretrainedConfig, device: torch.device) -> int:
     """Bytes of keys and values of the sequences that a rank generates together, each at its full length.
 
-    In the weights' dtype: autocast's keys come out of the rotation by float32 angles in float32, and values join them;
-    from transformers 5.24 on they stay in bfloat16, and this is a third too much.
+    Counted for one token, like the activations: which of them autocast leaves in float32 is up to the model.
     """
-    text = shape.get_text_config()
-    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    return 2 * text.num_hidden_layers * heads * width * getattr(torch, work.config.dtype).itemsize * work.sampled
+    from transformers import DynamicCache
+
+    cache = DynamicCache(config=shape.get_text_config())
+    with _layers_of(work, shape, device) as model, _precision(work.config, device), torch.no_grad():
+        token = torch.zeros(1, 1, dtype=torch.int64)
+        model.get_decoder()(input_ids=token, past_key_values=cache, use_cache=True)
+        return work.sampled * sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
 
 
 def flops_of_step(parameters: Parameters, shape: PretrainedConfig, work: Workload) -> dict[str, float]:

@@ -222,7 +222,7 @@ def write_page(runs: Mapping[str, Path], path: Path, *, picture: Path, title: st
         picture: their report.png, which becomes part of the page.
         title: above it; the runs' names by default.
     """
-    from jinja2 import Environment  # which torch brings
+    from jinja2 import Environment
 
     metrics = {name: read_metrics(folder) for name, folder in runs.items()}
     records = [read_record(folder) for folder in runs.values()]
