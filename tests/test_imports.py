@@ -122,6 +122,7 @@ THIRD_PARTY = {
         "liger_kernel",
         "math_verify",
         "matplotlib",
+        "numpy",
         "peft",
         "pyarrow",
         "reasoning_gym",
