@@ -32,6 +32,9 @@ class HeadSettings:
             raise ValueError("logit_scale: expected a finite number other than 0, got 0.0")
         if self.adapter is not None and (not isinstance(self.adapter, tuple) or len(self.adapter) != 2):
             raise TypeError("adapter: expected a pair (scaling * hidden @ A.T [..., r], B [V, r]), as of a LoRA head")
+        if self.tp_group is not None and not isinstance(self.tp_group, dist.ProcessGroup):
+            got = type(self.tp_group).__name__
+            raise TypeError(f"tp_group: expected a process group, got {got}; of a DeviceMesh pass mesh.get_group()")
 
 
 def head_inputs(

@@ -103,6 +103,7 @@ HEAD = [
         ValueError,
         "temperature: expected constants.*detach",
     ),
+    ({"tp_group": "tp"}, TypeError, r"tp_group: expected a process group, got str; .*mesh.get_group\(\)"),
     ({"softcap": 0.0}, ValueError, "softcap: expected a finite number > 0 or None, got 0.0"),
     ({"softcap": -30.0}, ValueError, "softcap: expected a finite number > 0 or None, got -30.0"),
     ({"softcap": NAN}, ValueError, "softcap: expected a finite number > 0 or None, got nan"),
