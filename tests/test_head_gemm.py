@@ -92,7 +92,7 @@ def test_weight_gradient_writes_first_and_then_adds(hidden_dtype, weight_dtype):
 
 
 @pytest.mark.parametrize("tile_dtype", [BF16, F16])
-def test_sums_of_sixteen_bit_tiles_stay_in_float32(tile_dtype):
+def test_cce_14_sums_of_sixteen_bit_tiles_stay_in_float32(tile_dtype):
     # 200 equal contributions: a 16-bit running sum would stop growing at 256 times one of them and lose 3 % before
     hidden, weight = torch.ones(1, DIM, dtype=tile_dtype), torch.ones(V, DIM, dtype=tile_dtype)
     total = torch.full((V, DIM), float("nan"))

@@ -143,6 +143,13 @@ def test_packed_equals_padded():
         assert torch.equal(a.reshape(15), b)
 
 
+def test_verl_6068_a_part_of_a_sequence_has_its_own_targets():
+    # nothing is shifted inside: where a sequence is cut over ranks, each part gives what the whole gives there
+    hidden, weight, targets = torch.randn(2, 7, 5), torch.randn(11, 5), torch.randint(0, 11, (2, 7))
+    parts = [linear_logps(hidden[:, part], weight, targets[:, part]).logps for part in (slice(3), slice(3, 7))]
+    torch.testing.assert_close(torch.cat(parts, 1), linear_logps(hidden, weight, targets).logps, rtol=0, atol=1e-6)
+
+
 def test_ragged_mask_hides_junk():
     # masked positions hold NaN hidden states and target -100: they must not be looked at
     case = make_case(5, 13, DIM, 5003, bias=True, lengths=[13, 0, 1, 12, 7])

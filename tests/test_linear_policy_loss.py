@@ -572,7 +572,7 @@ def spellings(counts, what, replay):
 @pytest.mark.parametrize("row_norm", ["paper", "official_code"])
 @pytest.mark.parametrize("replay", [False, True])
 @pytest.mark.parametrize(("reduction", "what"), REDUCTIONS)
-def test_micro_batches_add_up_to_the_step(reduction, what, replay, row_norm):
+def test_trl_5890_liger_1082_micro_batches_add_up_to_the_step(reduction, what, replay, row_norm):
     # uneven lengths with an empty row; one micro-batch holds only replayed rows, one only the empty row
     lengths = [7, 0, 3, 1, 6]
     case = make_case(5, 7, DIM, 127, lengths=lengths)

@@ -294,7 +294,7 @@ def by_us(seed, dtype, objective, *, mask=None, scale=1.0, share=1.0):
 
 
 def close(got, want):
-    # Liger's log-probabilities and their gradients are float32 whatever comes in, and the terms of the losses about 1; but
+    # Liger's log-probabilities and their gradients are float32 whatever comes in, and the terms of the losses about 1.
     # VESPO's weigh more: without AVX-512 Liger's is 3.3e-6 off float64 at a loss of -1.5, where ours is 2e-15 off
     torch.testing.assert_close(got[0], want[0], rtol=2e-6, atol=2e-6)
     for g, w in zip(got[1:], want[1:], strict=True):

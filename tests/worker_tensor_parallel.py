@@ -22,7 +22,8 @@ def main():
     dist.init_process_group("gloo")
     torch.manual_seed(0)
     shard = slice(*CUTS[dist.get_rank() : dist.get_rank() + 2])
-    hidden, weight, bias = torch.randn(3, 5, 8), torch.randn(V, 8), torch.randn(V)
+    # not contiguous, and clones keep that: NovaSky-AI/SkyRL#1886 lost what a collective made of such a tensor
+    hidden, weight, bias = torch.randn(5, 3, 8).transpose(0, 1), torch.randn(V, 8), torch.randn(V)
     adapter = torch.randn(3, 5, 2), torch.randn(V, 2)
     targets, mask, advantages = torch.randint(0, V, (3, 5)), torch.rand(3, 5) < 0.8, torch.randn(3)
     targets[:, 0] = (hidden[:, 0] @ weight.T + bias + adapter[0][:, 0] @ adapter[1].T).argmax(-1)
