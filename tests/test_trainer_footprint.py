@@ -25,6 +25,7 @@ from repo_ops.trainer.footprint import (
     parts_at_peak,
 )
 from repo_ops.trainer.recompute import recompute_layers
+from repo_ops.trainer.rollout.hf import cache_argument
 from repo_ops.trainer.rows import pack_rows
 from repo_ops.trainer.run import prepare
 
@@ -141,7 +142,7 @@ def test_what_a_rank_holds_while_it_generates_is_what_was_planned() -> None:
     peak = parts_at_peak(replace(WORK, config=replace(CONFIG, autocast=True)), SHAPE, CPU).generating
     cache = DynamicCache(config=SHAPE)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16), Copies() as copies:
-        model(input_ids=torch.ones(6, 9, dtype=torch.int64), past_key_values=cache, use_cache=True)
+        model(input_ids=torch.ones(6, 9, dtype=torch.int64), use_cache=True, **{cache_argument(model): cache})
         alive = [copy for each in copies.found if (copy := each()) is not None]
         assert sum(copy.nbytes for copy in alive) == peak["weights in bfloat16"]
     assert sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers) == peak["keys and values"]

@@ -22,6 +22,7 @@ from repo_ops.trainer.door import make_objective
 from repo_ops.trainer.lora import add_lora
 from repo_ops.trainer.recompute import recompute_layers
 from repo_ops.trainer.rollout import encode_prompts
+from repo_ops.trainer.rollout.hf import cache_argument
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -327,7 +328,7 @@ def cache_bytes(work: Workload, shape: PretrainedConfig, device: torch.device) -
     cache = DynamicCache(config=shape.get_text_config())
     with _layers_of(work, shape, device) as model, _precision(work.config, device), torch.no_grad():
         token = torch.zeros(1, 1, dtype=torch.int64)
-        model.get_decoder()(input_ids=token, past_key_values=cache, use_cache=True)
+        model.get_decoder()(input_ids=token, use_cache=True, **{cache_argument(model): cache})
         return work.sampled * sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -32,6 +33,11 @@ NOT_FINITE = (
     "engine: expected finite logits, got NaN or infinity from the model; its weights are not finite, or its layers "
     "overflow: look at the weights, or try --autocast false"
 )
+
+
+def cache_argument(model: PreTrainedModel) -> str:
+    """What the model calls its cache: from transformers 5.24 on the old name warns."""
+    return "cache" if "cache" in inspect.signature(model.get_decoder().forward).parameters else "past_key_values"
 
 
 class HFGenerate:
@@ -126,14 +132,15 @@ class HFGenerate:
         distinct, copies = _distinct(prompts)
         ids, mask = _left_pad(distinct, self._pad_id, self.model.device)
         cache = DynamicCache(config=self.model.config)
+        given = {cache_argument(self.model): cache}
         # A prompt is computed once; its logits, keys and values are copied to all its samples.
         logits = self.model(
             input_ids=ids,
             attention_mask=mask,
             position_ids=(mask.cumsum(1) - 1).clamp_min(0),
-            past_key_values=cache,
             use_cache=True,
             logits_to_keep=1,
+            **given,
         ).logits[:, -1]
         copies = copies.to(ids.device)
         cache.batch_select_indices(copies)
@@ -155,7 +162,6 @@ class HFGenerate:
             new = self.model.generate(
                 ids,
                 attention_mask=mask,
-                past_key_values=cache,
                 logits_processor=[sampler],
                 stopping_criteria=[ShareEnded(self._is_stop, DROP_AT, self.should_stop)],
                 # do_sample=False: the sampler leaves one finite score in a row, the token that it drew
@@ -168,6 +174,7 @@ class HFGenerate:
                 ),
                 # a sharded model is whole here, and each rank stops when its own sequences have ended
                 synced_gpus=False,
+                **given,
             )[:, ids.shape[1] :]
 
     def _is_stop(self, token_ids: Tensor) -> Tensor:
