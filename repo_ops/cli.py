@@ -53,7 +53,8 @@ def train(arguments: Sequence[str]) -> None:
     except (ValueError, TypeError, OSError) as error:
         _fail("train", error, run.folder, str(error))  # a full disk, say; what else goes wrong shows its traceback
     except RuntimeError as error:
-        if "by peer" not in str(error):  # gloo's words where a connection was closed or reset
+        # gloo's words where a connection was closed or reset, and where one writes to it
+        if not any(words in str(error) for words in ("by peer", "Broken pipe")):
             raise
         where = f"rank {run.learner.ranks.rank} lost another rank, which ended before it"
         _fail("train", error, run.folder, f"{where}; see what that one or torchrun says, then --resume auto goes on")
