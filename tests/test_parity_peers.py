@@ -293,10 +293,9 @@ def by_us(seed, dtype, objective, *, mask=None, scale=1.0, share=1.0):
     return [loss.detach().double(), *(g.double() for g in torch.autograd.grad(loss, leaves))]
 
 
-def close(got, want):
-    # Liger's log-probabilities and their gradients are float32 whatever comes in, and the terms of the losses about 1.
-    # VESPO's weigh more: without AVX-512 Liger's is 3.3e-6 off float64 at a loss of -1.5, where ours is 2e-15 off
-    torch.testing.assert_close(got[0], want[0], rtol=2e-6, atol=2e-6)
+def close(got, want, rtol=0.0):
+    # Liger's log-probabilities and their gradients are float32 whatever comes in; the terms of the losses are about 1
+    torch.testing.assert_close(got[0], want[0], rtol=rtol, atol=2e-6)
     for g, w in zip(got[1:], want[1:], strict=True):
         torch.testing.assert_close(g, w, rtol=0, atol=3e-6 * float(w.abs().max()))
 
@@ -334,7 +333,8 @@ def test_liger(liger, loss, level, term, dtype):
     for seed in SEEDS:
         ratio = _ratio if term == "vllm-ratio" else None
         want = by_liger(liger, seed, dtype, ratio=ratio, **liger_settings(loss, level), **settings)
-        close(by_us(seed, dtype, make(name, hyper | more)), want)
+        # VESPO's terms weigh more: without AVX-512 Liger is 3.3e-6 off float64 at a loss of -1.5, where ours is 2e-15 off
+        close(by_us(seed, dtype, make(name, hyper | more)), want, rtol=2e-6 if loss == "vespo" else 0.0)
 
 
 @pytest.mark.parametrize(("level", "beta"), [("token", 0.0), ("token", 0.07), ("sequence", 0.07)])
