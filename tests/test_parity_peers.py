@@ -333,7 +333,7 @@ def test_liger(liger, loss, level, term, dtype):
     for seed in SEEDS:
         ratio = _ratio if term == "vllm-ratio" else None
         want = by_liger(liger, seed, dtype, ratio=ratio, **liger_settings(loss, level), **settings)
-        # VESPO's terms weigh more: without AVX-512 Liger is 3.3e-6 off float64 at a loss of -1.5, where ours is 2e-15 off
+        # VESPO's terms weigh more: without AVX-512 Liger is 3.3e-6 off float64 at a loss of -1.5, ours 2e-15
         close(by_us(seed, dtype, make(name, hyper | more)), want, rtol=2e-6 if loss == "vespo" else 0.0)
 
 
