@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 from truth import relative_error
+from watch import Watch
 
 from repo_ops import get_objective, linear_policy_loss
 from repo_ops.head import gemm
@@ -22,6 +23,7 @@ LOSSES = {BF16: 4e-3, F16: 1e-6, F32: 1e-6, F64: 1e-12}
 def _small_slices(monkeypatch):
     # 100 rows of a slice, so that three slices and an uneven last one are used
     monkeypatch.setattr(gemm, "SLICE_BYTES", 100 * DIM * 4)
+    monkeypatch.setattr(gemm, "THREAD_SLICE_BYTES", 100 * DIM * 4 // torch.get_num_threads())
 
 
 def operands(hidden_dtype, weight_dtype):
@@ -42,6 +44,21 @@ def test_logits(hidden_dtype, weight_dtype):
     gemm.logits_(tile, hidden, weight)
     # 16-bit operands are multiplied exactly: nothing but the float32 sum rounds
     assert relative_error(tile, hidden.double() @ weight.double().t()) <= (1e-12 if tile.dtype == F64 else 1e-6)
+
+
+@pytest.mark.parametrize(("capability", "products"), [("AVX2", 4), ("AVX512", 1)])
+@pytest.mark.parametrize("add", [False, True])
+def test_float32_logits_are_made_in_slices_where_the_library_is_slow_at_all_of_them(
+    monkeypatch, capability, products, add
+):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    hidden, weight = operands(F32, F32)
+    before = torch.randn(ROWS, V)
+    tile = before.clone()
+    with Watch() as watch:
+        gemm.logits_(tile, hidden, weight, add=add)
+    assert len(watch.products) == products
+    assert relative_error(tile, hidden.double() @ weight.double().t() + add * before.double()) <= 1e-6
 
 
 @pytest.mark.parametrize(("hidden_dtype", "weight_dtype"), PAIRS, ids=str)

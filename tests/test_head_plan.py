@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from repo_ops import Options, linear_logps
-from repo_ops.head.plan import Plan
+from repo_ops.head.inputs import HeadInputs, Wanted
+from repo_ops.head.plan import Plan, make_plan
 
 
 def plan(rows):
@@ -67,3 +68,11 @@ def test_the_smallest_budget_that_is_named_is_enough():
     assert linear_logps(hidden, weight, targets, options=Options(memory_budget=enough)).logps.shape == (3,)
     with pytest.raises(ValueError, match="at least"):
         linear_logps(hidden, weight, targets, options=Options(memory_budget=enough - 1))
+
+
+@pytest.mark.parametrize("vocab_size", [127, 49152, 151936, 151937])
+def test_rows_of_a_large_tile_do_not_begin_at_the_same_set_of_the_cache(vocab_size):
+    head = HeadInputs(torch.zeros(3, 2), torch.zeros(vocab_size, 2), None, torch.zeros(3, dtype=int), None, 1.0)
+    tile = make_plan(head, Options(), Wanted()).new_tile(head)
+    assert tile.shape == (3, vocab_size)
+    assert tile.stride(0) * 4 % 4096 == (320 if vocab_size > 127 else vocab_size * 4)

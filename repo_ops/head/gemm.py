@@ -26,6 +26,10 @@ SLICE_BYTES = 1 << 24
 """Size of an upcast slice of the head's weight on a CPU."""
 PRODUCT_BYTES = 1 << 22
 """Size of a slice of a 16-bit product on a CPU, or of a 16-bit operand in float32, that is still in cache when used."""
+THREAD_SLICE_BYTES = 1 << 18
+"""Each thread's share of the weight in a float32 product that makes logits on a CPU without AVX-512: MKL is slow there
+where it splits a large vocabulary itself. 2 cores, [C, D] by [D, V] whole and in such slices, ms: C = 256 by
+(1024, 151936) 1198 and 782, 512 1656 and 1365; C = 307 by (576, 49152) 287 and 202, 682 521 and 402."""
 SERIAL, SERIAL_TERMS = 8, 2048
 """CPU products with so few rows or columns are summed in slices of so many terms: MKL without AVX-512 gives them to a
 loop that adds up the vocabulary one by one. 3 rows of 100,000 terms are 7e-6 off, and 1e-7 in slices."""
@@ -50,6 +54,10 @@ def logits_(tile: Tensor, hidden: Tensor, weight: Tensor, *, add: bool = False) 
         torch.addmm(tile, hidden, weight.t(), beta=beta, out_dtype=tile.dtype, out=tile)
         return
     dtype = _product_dtype(tile)
+    if _is_slow_whole(weight, dtype) and tile.dtype == dtype == hidden.dtype:
+        for part in _parts(len(weight), weight.shape[1] * dtype.itemsize, THREAD_SLICE_BYTES * torch.get_num_threads()):
+            torch.addmm(tile[:, part], hidden, weight[part].t(), beta=beta, out=tile[:, part])
+        return
     with _operands_of(hidden, weight):
         hidden = hidden.to(dtype)
         for part, upcast in _slices(weight, dtype, None if dtype == tile.dtype else len(tile)):
@@ -130,6 +138,12 @@ def _vendor_writes(dtype: torch.dtype, left: Tensor, right: Tensor) -> bool:
     return left.is_cuda and sixteen_bits and dtype == torch.float32 and torch.__version__ >= "2.10"
 
 
+def _is_slow_whole(weight: Tensor, dtype: torch.dtype) -> bool:
+    """Whether THREAD_SLICE_BYTES holds for a product of these."""
+    on_cpu = weight.device.type == "cpu" and weight.dtype == dtype == torch.float32
+    return on_cpu and torch.backends.cpu.get_cpu_capability() == "AVX2"
+
+
 def _product_dtype(result: Tensor) -> torch.dtype:
     """Dtype of operands for a product whose result, or whose other operand, is `result`."""
     return result.dtype if multiplies(result.dtype, result.device) else torch.float32
@@ -154,7 +168,7 @@ def _slices(weight: Tensor, dtype: torch.dtype, rows: int | None) -> Iterator[tu
         yield part, upcast[: part.stop - start].copy_(weight[part])
 
 
-def _parts(vocab_size: int, entry_bytes: int) -> Iterator[slice]:
-    size = max(1, PRODUCT_BYTES // max(1, entry_bytes))
+def _parts(vocab_size: int, entry_bytes: int, part_bytes: int = PRODUCT_BYTES) -> Iterator[slice]:
+    size = max(1, part_bytes // max(1, entry_bytes))
     for start in range(0, vocab_size, size):
         yield slice(start, min(start + size, vocab_size))

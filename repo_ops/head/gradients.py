@@ -11,7 +11,6 @@ from torch import Tensor
 
 from repo_ops.head import gemm
 from repo_ops.head.inputs import HeadInputs, Product, RowGrads
-from repo_ops.head.pages import on_large_pages
 
 
 @dataclass(eq=False)
@@ -72,8 +71,7 @@ class ProductGradients:
         gemm.add_weight_grad_(self.weight, dlogits, hidden, weight, first=first)
 
     def _new_weight(self, dtype: torch.dtype) -> Tensor:
-        new = torch.empty_like(self.product.weight, dtype=dtype, memory_format=torch.contiguous_format)
-        return on_large_pages(new)
+        return torch.empty_like(self.product.weight, dtype=dtype, memory_format=torch.contiguous_format)
 
     def finish(self) -> tuple[Tensor | None, Tensor | None]:
         """(dhidden, dweight) in the dtypes of their tensors."""

@@ -1,7 +1,12 @@
-"""Large memory pages for the head's buffers on a CPU.
+"""Large memory pages for a tile of logits on a CPU.
 
-A tile of logits and the gradient of a head are new memory in each call, and the first touch of a page is a trip into
-the kernel: 27 thousand of them for [49152, 576] in float32 by pages of 4 KiB, 54 by pages of 2 MiB.
+A tile is new memory in each call, and the first touch of a page is a trip into the kernel: 33 thousand of them for
+128 MiB by pages of 4 KiB, 64 by pages of 2 MiB. The products read and write it with fewer TLB misses, too.
+
+The gradient of the weight, which is written once and lives on, stays on pages of the usual size: a virtual machine that
+returns idle memory to its host gives back large pages whole, and touching 600 MiB of them again costs more (0.5 s) than
+small pages do (0.3 s). Measured in turns with bare GEMMs, gradient on large and on usual pages, x their time:
+(512, 1024, 151936) 1.15 and 1.09, (1024, 576, 49152) 1.07 and 0.93; with 70 % dead rows 0.47 and 0.38, 0.38 and 0.31.
 """
 
 from __future__ import annotations

@@ -19,6 +19,10 @@ CPU_BUDGET = 128 * MIB
 CPU_ROWS = 256
 """Each tile reads the weight again and adds to all of its gradient. Measured on 2 cores, float32, (512, 1024, 151936),
 against three bare GEMMs: tiles of 73 rows 1.77x, of 171 rows 1.19x, of 256 rows 1.07x, of 512 rows 1.09x."""
+ROW_ALIGNMENT, ROW_OFFSET, PADDED_FROM = 4096, 320, 1 << 16
+"""Bytes. Rows of a float32 CPU tile begin an odd number of cache lines after a multiple of 4 KiB: where all begin at such
+a multiple, as over 49152 entries, a column's elements share a few sets of the cache. 2 cores, rows next to one another
+and so: 512 rows of 49152 entries, `hidden` of 576 columns: 899 and 782 ms; 256 of 151936, 1024: 2594 and 2476 ms."""
 GPU_ROWS = 2048
 """Below about 1100 rows a tile, accumulating a float32 weight gradient is bound by memory bandwidth on an H100."""
 TILED_BELOW = 192
@@ -39,11 +43,14 @@ class Plan:
     """Whether a sweep for statistics alone keeps its logits in registers (kernels/tiled_logps.py)."""
     streams: bool = False
     """Whether tiles hold exponentials only, their logits exist a slice of the vocabulary at a time (streamed.py)."""
+    padding: int = 0
+    """Entries between the rows of a tile."""
 
     def new_tile(self, head: HeadInputs) -> Tensor:
         """[rows, V] uninitialised; one is reused by all chunks of a sweep."""
-        size = (min(self.rows, head.num_rows), len(head.weight))
-        return on_large_pages(head.hidden.new_empty(size, dtype=self.tile_dtype))
+        rows, vocab_size = min(self.rows, head.num_rows), len(head.weight)
+        tile = head.hidden.new_empty((rows, vocab_size + self.padding), dtype=self.tile_dtype)
+        return on_large_pages(tile)[:, :vocab_size]
 
     def chunks(self, num_rows: int) -> Iterator[slice]:
         """Slices of at most `rows` rows, of equal size but for one row."""
@@ -80,11 +87,17 @@ def make_plan(head: HeadInputs, options: Options, wanted: Wanted) -> Plan:
     tile_dtype = torch.bfloat16 if streams else tile_dtype
     gradient_dtype = torch.promote_types(hidden.dtype, weight.dtype)
     vocab_size = head.largest_shard or len(weight)
-    row_bytes = vocab_size * tile_dtype.itemsize
+    narrows = gradient_dtype == torch.bfloat16 and tile_dtype == torch.float32
+    on_cpu = hidden.device.type == "cpu"
+    if on_cpu:
+        gradient_dtype = torch.bfloat16 if narrows and multiplies(torch.bfloat16, hidden.device) else tile_dtype
+    pads = on_cpu and backend == "torch" and gradient_dtype == tile_dtype == torch.float32
+    padding = _padding(vocab_size * tile_dtype.itemsize) // tile_dtype.itemsize if pads else 0
+    row_bytes = (vocab_size + padding) * tile_dtype.itemsize
     # beside its logits a row holds its gathered hidden state, a scaled copy of it and its gradient
     row_bytes += 3 * weight.shape[1] * head.exact_dtype.itemsize
     budget, fixed = options.memory_budget, 0
-    if hidden.device.type == "cpu":
+    if on_cpu:
         # temporaries of the row arithmetic, a block of rows each: logarithms, and a softcap's slope in three steps
         blocks = 1 + (3 if head.softcap is not None else 0) + 1
         fixed = blocks * max(BLOCK_BYTES, 4 * vocab_size * tile_dtype.itemsize)
@@ -103,11 +116,13 @@ def make_plan(head: HeadInputs, options: Options, wanted: Wanted) -> Plan:
             f"options.memory_budget: expected at least {fixed + row_bytes} bytes, which one row of logits over "
             f"{vocab_size} entries needs, got {budget}"
         )
-    if hidden.device.type == "cpu":
-        narrows = gradient_dtype == torch.bfloat16 and tile_dtype == torch.float32
-        gradient_dtype = torch.bfloat16 if narrows and multiplies(torch.bfloat16, hidden.device) else tile_dtype
     tiles = backend == "triton" and rows < min(TILED_BELOW, head.num_rows) and not triton_rows.why_not_tiled(head)
-    return Plan(rows, tile_dtype, gradient_dtype, backend, tiles, streams)
+    return Plan(rows, tile_dtype, gradient_dtype, backend, tiles, streams, padding)
+
+
+def _padding(row_bytes: int) -> int:
+    """Bytes from the end of a row to the start of the next."""
+    return -row_bytes % ROW_ALIGNMENT + ROW_OFFSET if row_bytes >= PADDED_FROM else 0
 
 
 def choose_backend(hidden: Tensor, options: Options, tile_dtype: torch.dtype) -> str:
