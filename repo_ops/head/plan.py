@@ -22,7 +22,7 @@ against three bare GEMMs: tiles of 73 rows 1.77x, of 171 rows 1.19x, of 256 rows
 ROW_ALIGNMENT, ROW_OFFSET, PADDED_FROM = 4096, 320, 1 << 16
 """Bytes. Rows of a float32 CPU tile begin an odd number of cache lines after a multiple of 4 KiB: where all begin at such
 a multiple, as over 49152 entries, a column's elements share a few sets of the cache. 2 cores, rows next to one another
-and so: 512 rows of 49152 entries, `hidden` of 576 columns: 899 and 782 ms; 256 of 151936, 1024: 2594 and 2476 ms."""
+and so: 512 rows of 49152 entries, `hidden` of 576 columns: 899 and 782 ms; 256 of 151936, 1024: 2594 and 2476."""
 GPU_ROWS = 2048
 """Below about 1100 rows a tile, accumulating a float32 weight gradient is bound by memory bandwidth on an H100."""
 TILED_BELOW = 192
