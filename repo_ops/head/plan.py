@@ -20,9 +20,10 @@ CPU_ROWS = 256
 """Each tile reads the weight again and adds to all of its gradient. Measured on 2 cores, float32, (512, 1024, 151936),
 against three bare GEMMs: tiles of 73 rows 1.77x, of 171 rows 1.19x, of 256 rows 1.07x, of 512 rows 1.09x."""
 ROW_ALIGNMENT, ROW_OFFSET, PADDED_FROM = 4096, 320, 1 << 16
-"""Bytes. Rows of a float32 CPU tile begin an odd number of cache lines after a multiple of 4 KiB: where all begin at such
-a multiple, as over 49152 entries, a column's elements share a few sets of the cache. 2 cores, rows next to one another
-and so: 512 rows of 49152 entries, `hidden` of 576 columns: 899 and 782 ms; 256 of 151936, 1024: 2594 and 2476."""
+"""Bytes. Rows of a float32 CPU tile begin an odd number of cache lines after a multiple of 4 KiB: where all begin at
+such a multiple, as over 49152 entries, the elements of a column share a few sets of the cache. 2 cores, rows next to
+one another and so: 512 rows of 49152 entries, `hidden` of 576 columns: 899 and 782 ms; 256 of 151936, 1024: 2594 and
+2476 ms."""
 GPU_ROWS = 2048
 """Below about 1100 rows a tile, accumulating a float32 weight gradient is bound by memory bandwidth on an H100."""
 TILED_BELOW = 192
