@@ -27,7 +27,7 @@ class Options:
 
     memory_budget: int | None = None
     """Bytes that the op may hold beyond its outputs and gradients, whatever N. None: on a CPU 128 MiB, or what a tile
-    of 256 tokens needs where that is more (150 MiB for 151936 float32 logits a token); on a GPU what a tile of 2048
+    of 512 tokens needs where that is more (300 MiB for 151936 float32 logits a token); on a GPU what a tile of 2048
     tokens needs. Smaller tiles make the weight gradient, which each adds to, bound by memory bandwidth. Gradients of a
     16-bit weight are summed in float32, which takes 4 V D bytes beside the 2 V D of the result. Where less than 192
     rows fit, a sweep without gradient (old and reference log-probabilities) keeps its logits in registers on a GPU."""
