@@ -11,6 +11,7 @@ import math
 import pytest
 import torch
 
+from repo_ops import Options
 from repo_ops.integrations import liger as ours
 
 LENGTHS = [6, 0, 1, 4, 7, 3]  # an empty sequence, a single token, and one as long as the padding
@@ -157,6 +158,24 @@ def test_half_precision_is_nearer_to_the_truth_than_ligers(liger):
         assert errors[0] <= errors[1]
 
 
+def test_options_can_ask_for_ligers_rounding(liger):
+    # nothing but the logits' rounding moves the loss: a KL to log-probabilities that are given, ratios of 1
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(4, 16, 32).bfloat16(), torch.randn(101, 32).bfloat16()
+    ids, mask, advantages = torch.randint(101, (4, 16)), torch.ones(4, 16), torch.randn(4)
+    ref, settings = torch.full((4, 16), -5.0), {"beta": 0.1, "loss_type": "grpo"}
+    modules = [
+        liger.LigerFusedLinearGRPOLoss(compiled=False, **settings),
+        ours.LigerFusedLinearGRPOLoss(options=Options(logits_dtype=torch.bfloat16), **settings),
+        ours.LigerFusedLinearGRPOLoss(**settings),
+    ]
+    theirs, rounded, exact = (m(hidden, weight, ids, mask, advantages, ref_per_token_logps=ref)[0] for m in modules)
+    assert abs(rounded - theirs) <= 1e-5 * abs(theirs)
+    assert abs(exact - theirs) > 1e-4 * abs(theirs)
+    with pytest.raises(TypeError, match="options"):
+        ours.LigerFusedLinearGRPOLoss(options="bf16", **settings)(hidden, weight, ids, mask, advantages, None, ref)
+
+
 @pytest.mark.parametrize(("loss", "level"), KINDS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_constants_of_another_precision_are_read_as_liger_reads_them(liger, loss, level, dtype):
@@ -213,6 +232,7 @@ def test_signatures_are_ligers(liger):
     ):
         mine, theirs = (list(inspect.signature(get(m)).parameters.values()) for m in (ours, liger))
         theirs = [p for p in theirs if p.name not in ("cls", "ctx")]
+        mine = [p for p in mine if (p.name, p.kind) != ("options", p.KEYWORD_ONLY)]  # ours, and after all of Liger's
         assert [(p.name, p.default) for p in mine] == [(p.name, p.default) for p in theirs]
 
 

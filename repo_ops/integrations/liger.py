@@ -6,10 +6,11 @@ Nothing of Liger is needed or imported. What is the same, bit by bit of its beha
 (`num_items_in_batch`, the mean over ranks of DAPO's count), CISPO's cap `epsilon_high` as a value of the ratio, LUSPO
 counting padding where its per-token losses are a matrix, VESPO counting the ratios of masked tokens, the metrics.
 
-What differs, on purpose: log-probabilities are exact in float32 where Liger rounds 16-bit logits; a masked token cannot
-overflow into the loss, and no exponential beyond exp(70) enters it; gradients are handed over once, so a second
-backward of one loss is refused; refused by name are a mask other than 0 and 1, widths, a `beta` or a `vespo_k` below 0,
-a `delta` below 1 + epsilon_high, an FSDP-sharded weight, and ids outside the vocabulary in padding that LUSPO counts.
+What differs, on purpose: log-probabilities are exact in float32 where Liger rounds 16-bit logits (`options` can ask for
+that); a masked token cannot overflow into the loss, and no exponential beyond exp(70) enters it; gradients are handed
+over once, so a second backward of one loss is refused; refused by name are a mask other than 0 and 1, widths, a `beta`
+or a `vespo_k` below 0, a `delta` below 1 + epsilon_high, an FSDP-sharded weight, and ids outside the vocabulary in
+padding that LUSPO counts.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from repo_ops.kl import k3
 from repo_ops.linear_logps import linear_logps
 from repo_ops.linear_policy_loss import linear_policy_loss
 from repo_ops.objectives import Objective, get_objective
+from repo_ops.options import Options
 from repo_ops.policy_loss import policy_loss
 from repo_ops.reduce import NumItems, sequence_weights
 from repo_ops.terms.weighted_logps import weighted_logps
@@ -71,7 +73,6 @@ class _Settings:
     vespo_lambda_pos: float
     vespo_k_neg: float
     vespo_lambda_neg: float
-    temperature: float
 
     def __post_init__(self) -> None:
         loss, level = self.loss_type, self.importance_sampling_level
@@ -172,26 +173,29 @@ class LigerFusedLinearGRPOFunction:
         vespo_k_neg: float = 3.0,
         vespo_lambda_neg: float = 2.0,
         num_items_in_batch: float | Tensor | None = None,
+        *,
+        options: Options | None = None,
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """(loss, metrics) as `LigerFusedLinearGRPOLoss` returns them; arguments as there."""
         settings = _Settings(
             beta, epsilon_low, epsilon_high, loss_type, max_completion_length, importance_sampling_level,
             sapo_temperature_pos, sapo_temperature_neg, delta, use_bias_correction_kl, vespo_k_pos, vespo_lambda_pos,
-            vespo_k_neg, vespo_lambda_neg, temperature,
+            vespo_k_neg, vespo_lambda_neg,
         )  # fmt: skip
         mask = _mask(attention_mask, selected_token_ids)
         check_shape("advantages", advantages, (len(mask),), "the sequences")
-        ref_head = (ref_input, ref_weight, ref_bias)
+        head = {"temperature": float(temperature), "options": options}
         step = _Step(
             mask,
             advantages.detach().to(torch.float32),
-            _ref_logps(settings, ref_per_token_logps, ref_head, selected_token_ids, mask) if use_ref_model else None,
+            _ref_logps(settings, ref_per_token_logps, (ref_input, ref_weight, ref_bias), selected_token_ids, mask, head)
+            if use_ref_model
+            else None,
             _constant(old_per_token_logps),
             None if vllm_is_ratio is None else _sampler_ratio(vllm_is_ratio.detach(), mask),
             _num_items(settings, mask, num_items_in_batch),
         )
-        head = {"bias": bias, "temperature": float(temperature)}
-        loss, logps = _loss(settings, step, _input, weight, selected_token_ids, head)
+        loss, logps = _loss(settings, step, _input, weight, selected_token_ids, {"bias": bias, **head})
         return loss.to(torch.float32), tuple(metric.to(torch.float32) for metric in _metrics(settings, step, logps))
 
 
@@ -211,6 +215,8 @@ class LigerFusedLinearGRPOLoss(torch.nn.Module):
         importance_sampling_level: "token", or "sequence" (GSPO; not for cispo, sapo, vespo).
         sapo_temperature_pos, sapo_temperature_neg, vespo_*: of the loss types they name. temperature: divides logits.
         delta: upper bound on the ratio for negative advantages. use_bias_correction_kl: multiply the KL by the ratio.
+        options: not Liger's: how the head is computed. `Options(logits_dtype=torch.bfloat16)` rounds logits of bfloat16
+            inputs as Liger does; None: they stay float32.
     """
 
     def __init__(
@@ -233,6 +239,8 @@ class LigerFusedLinearGRPOLoss(torch.nn.Module):
         vespo_lambda_pos: float = 3.0,
         vespo_k_neg: float = 3.0,
         vespo_lambda_neg: float = 2.0,
+        *,
+        options: Options | None = None,
     ) -> None:
         given = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         super().__init__()
@@ -314,6 +322,7 @@ def _ref_logps(
     head: tuple[Tensor | None, Tensor | None, Tensor | None],
     ids: Tensor,
     mask: Tensor,
+    arguments: dict[str, Any],
 ) -> Tensor | None:
     """[B, T] log-probabilities of the reference, from `given` or from its head; None where nothing reads them."""
     hidden, weight, bias = head
@@ -330,9 +339,7 @@ def _ref_logps(
         raise ValueError("ref_weight: expected the head [V, H] of the reference beside ref_input, got None")
     mask_given = None if settings.loss_type == "luspo" else mask
     with torch.no_grad():
-        return linear_logps(
-            hidden, weight, ids, bias=bias, temperature=float(settings.temperature), mask=mask_given
-        ).logps
+        return linear_logps(hidden, weight, ids, bias=bias, mask=mask_given, **arguments).logps
 
 
 def _sampler_ratio(ratio: Tensor, mask: Tensor) -> Tensor:
