@@ -161,7 +161,9 @@ def test_half_precision_is_nearer_to_the_truth_than_ligers(liger):
 def test_options_can_ask_for_ligers_rounding(liger):
     # nothing but the logits' rounding moves the loss: a KL to log-probabilities that are given, ratios of 1
     torch.manual_seed(0)
-    hidden, weight = torch.randn(4, 16, 32).bfloat16(), torch.randn(101, 32).bfloat16()
+    # multiples of 1/4 and 1/16: float32 sums of their products are exact, so every processor rounds the same logits
+    hidden, weight = (torch.randint(-8, 9, size) / unit for size, unit in (((4, 16, 32), 4), ((101, 32), 16)))
+    hidden, weight = hidden.bfloat16(), weight.bfloat16()
     ids, mask, advantages = torch.randint(101, (4, 16)), torch.ones(4, 16), torch.randn(4)
     ref, settings = torch.full((4, 16), -5.0), {"beta": 0.1, "loss_type": "grpo"}
     modules = [
