@@ -1,4 +1,4 @@
-"""kernels/tiled_logps.py against float64, at the borders of its blocks, and on the rows that broke its peers."""
+"""kernels/tiled_logps against float64, at the borders of its blocks, and on the rows that broke its peers."""
 
 import itertools
 import math
@@ -11,9 +11,8 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported, which the next line does
 
 from repo_ops.kernels import launch
-from repo_ops.kernels import tiled_logps as module
 from repo_ops.kernels.launch import interpreting
-from repo_ops.kernels.tiled_logps import tiled_launches, tiled_logps
+from repo_ops.kernels.tiled_logps import launches, tiled_launches, tiled_logps
 
 INF = float("inf")
 # The unchosen side of a `where` may be inf or NaN: numpy warns of it, a GPU does not.
@@ -299,7 +298,7 @@ def test_more_rows_than_a_launch(device, monkeypatch):
     options = {**EVERYTHING, "inv_temperature": torch.linspace(0.5, 2, 33, device=device)}
     whole = tiled_logps(hidden, weight, targets, **options)
     by_index = tiled_logps(hidden, weight, targets, rows=torch.arange(33, device=device), **options)
-    monkeypatch.setattr(module, "_ROWS_A_LAUNCH", 16)
+    monkeypatch.setattr(launches, "_ROWS_A_LAUNCH", 16)
     for rows in (None, torch.arange(33, device=device)):
         parts = tiled_logps(hidden, weight, targets, rows=rows, **options)
         for a, b, c in zip(whole, parts, by_index):

@@ -41,7 +41,7 @@ class Plan:
     """Dtype of dlogits as operands of the gradient GEMMs: the inputs' own, on a CPU only where that is bfloat16."""
     backend: str
     tiles_statistics: bool = False
-    """Whether a sweep for statistics alone keeps its logits in registers (kernels/tiled_logps.py)."""
+    """Whether a sweep for statistics alone keeps its logits in registers (kernels/tiled_logps)."""
     streams: bool = False
     """Whether tiles hold exponentials only, their logits exist a slice of the vocabulary at a time (streamed.py)."""
     padding: int = 0
