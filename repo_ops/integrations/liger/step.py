@@ -1,0 +1,101 @@
+"""The tensors of a call: checked, and read as Liger reads them."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from repo_ops.arguments import check_shape
+from repo_ops.integrations.liger.settings import COUNTED_OVER_RANKS, Settings
+from repo_ops.linear_logps import linear_logps
+from repo_ops.reduce import NumItems
+
+
+@dataclass(frozen=True)
+class Step:
+    """The tensors of one call, beside the head's."""
+
+    mask: Tensor
+    """[B, T] bool."""
+    advantages: Tensor
+    """[B] float32."""
+    ref_logps: Tensor | None
+    """[B, T]; None where there is no KL."""
+    old_logps: Tensor | None
+    ratio: Tensor | None
+    """[B] or [B, T], the sampler's weight."""
+    num_items: NumItems
+
+    @property
+    def lengths(self) -> Tensor:
+        """[B] live tokens."""
+        return self.mask.sum(1)
+
+
+def live_tokens(attention_mask: Tensor, ids: Tensor) -> Tensor:
+    if ids.ndim != 2:
+        raise ValueError(f"selected_token_ids: expected shape [B, T], got {list(ids.shape)}")
+    check_shape("attention_mask", attention_mask, ids.shape, "selected_token_ids")
+    mask = attention_mask != 0
+    if attention_mask.device.type == "cpu" and bool((attention_mask != mask).any()):
+        raise ValueError("attention_mask: expected 0 and 1; a weight goes into the advantages")
+    return mask
+
+
+def constant(logps: Tensor | None) -> Tensor | None:
+    """Given log-probabilities as Liger reads them: without a graph, in float32."""
+    return None if logps is None else logps.detach().to(torch.float32)
+
+
+def reference_logps(
+    settings: Settings,
+    given: Tensor | None,
+    head: tuple[Tensor | None, Tensor | None, Tensor | None],
+    ids: Tensor,
+    mask: Tensor,
+    arguments: dict[str, Any],
+) -> Tensor | None:
+    """[B, T] log-probabilities of the reference, from `given` or from its head; None where nothing reads them."""
+    hidden, weight, bias = head
+    if given is None and hidden is None:
+        raise ValueError(
+            "ref_per_token_logps: expected them or ref_input, because use_ref_model is True; got neither; "
+            "pass use_ref_model=False"
+        )
+    if given is not None and hidden is not None:
+        warnings.warn("Both ref_per_token_logps and ref_input are provided. Using ref_per_token_logps.", stacklevel=3)
+    if not settings.beta or given is not None:
+        return constant(given) if settings.beta else None
+    if hidden is None or weight is None:
+        raise ValueError("ref_weight: expected the head [V, H] of the reference beside ref_input, got None")
+    mask_given = None if settings.loss_type == "luspo" else mask
+    with torch.no_grad():
+        return linear_logps(hidden, weight, ids, bias=bias, mask=mask_given, **arguments).logps
+
+
+def sampler_ratio(ratio: Tensor, mask: Tensor) -> Tensor:
+    """[B] or [B, T], from [B], [B, 1] or [B, T]."""
+    B, T = mask.shape
+    if tuple(ratio.shape) == (B, 1):
+        return ratio[:, 0]
+    if tuple(ratio.shape) not in ((B,), (B, T)):
+        raise ValueError(f"vllm_is_ratio: expected shape [{B}], [{B}, 1] or [{B}, {T}], got {list(ratio.shape)}")
+    return ratio
+
+
+def num_items_of(settings: Settings, mask: Tensor, given: float | Tensor | None) -> NumItems:
+    """What the loss divides by: this call's own counts, and for some loss types the step's tokens per process."""
+    tokens = mask.sum().to(torch.float32)
+    if settings.loss_type in COUNTED_OVER_RANKS:
+        initialized = dist.is_available() and dist.is_initialized()
+        if given is not None:
+            tokens = torch.as_tensor(given, dtype=torch.float32, device=mask.device)
+        elif initialized:
+            dist.all_reduce(tokens)
+        tokens = tokens / (dist.get_world_size() if initialized else 1)
+    return NumItems(len(mask), tokens)
