@@ -1,4 +1,4 @@
-"""The comparison in one command: methods x shapes, time, memory and error against float64, as a table and as json."""
+"""The comparison in one command: methods x shapes, time, memory and error against float64, as a table, json and csv."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from repo_ops.benchmarks.accuracy import Errors, errors, truth
+from repo_ops.benchmarks.as_csv import write_csv
 from repo_ops.benchmarks.inputs import Case, DeadKind, Inputs, make_inputs
 from repo_ops.benchmarks.machine import describe
 from repo_ops.benchmarks.measure import Times, interleave, spread
@@ -53,6 +54,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if settings.json:  # after every case: a run cut short keeps what it has
             settings.json.parent.mkdir(parents=True, exist_ok=True)
             settings.json.write_text(json.dumps(report, indent=1) + "\n")
+        if settings.csv:
+            settings.csv.parent.mkdir(parents=True, exist_ok=True)
+            write_csv(report, settings.csv)
     return 1 if wrong else 0
 
 
@@ -223,6 +227,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     add("--threads", type=int, default=None, help="of the CPU; None: torch's default")
     add("--device", choices=["cpu", "cuda"], default="cpu")
     add("--json", type=Path, default=None, help="file for everything measured")
+    add("--csv", type=Path, default=None, help="file for medians, quartiles, memory and errors, a line a method")
     add("--no-memory", action="store_true", help="skip the processes that measure peak memory")
     add("--no-check", action="store_true", help="skip the comparison with float64")
     settings = parser.parse_args(arguments)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import subprocess
 import sys
@@ -147,10 +148,12 @@ def test_peak_counts_what_is_freed_within_the_step_and_only_that_step() -> None:
     assert standing[0] == 1
 
 
-def test_one_command_prints_a_table_and_keeps_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_one_command_prints_a_table_and_keeps_json_and_csv(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "folder" / "found.json"
     shape, chosen = "32x16x211", ["floor", "ours", "naive"]
-    arguments = ["--shapes", shape, "--length", "8", "--rounds", "2", "--methods", *chosen, "--json", str(out)]
+    sheet = tmp_path / "folder" / "found.csv"
+    files = ["--json", str(out), "--csv", str(sheet)]
+    arguments = ["--shapes", shape, "--length", "8", "--rounds", "2", "--methods", *chosen, *files]
     assert compare.main([*arguments, "--no-memory", "--dead", "0", "50", "--dead-kind", "zero_advantage"]) == 0
     text = capsys.readouterr().out
     assert text.count("ours: linear_policy_loss") == 2
@@ -161,6 +164,14 @@ def test_one_command_prints_a_table_and_keeps_json(tmp_path: Path, capsys: pytes
     assert [len(case["rows"]) for case in found["cases"]] == [3, 3]
     row = found["cases"][0]["rows"][1]
     assert (row["method"], len(row["both"]["ms"]), row["wrong"]) == ("ours", 2, [])
+    with sheet.open(newline="") as file:
+        lines = list(csv.DictReader(file))
+    assert [(line["method"], line["dead"]) for line in lines] == [
+        (name, dead) for dead in ("0.0", "0.5") for name in chosen
+    ]
+    assert float(lines[1]["both_median"]) == row["both"]["median"]
+    assert float(lines[1]["dhidden_error"]) == row["errors"]["dhidden"]
+    assert (lines[0]["rows"], lines[0]["vocab"], lines[0]["dhidden_error"]) == ("32", "211", "")  # bare GEMMs: no loss
     pytest.importorskip("matplotlib")
     assert report.main([str(out)]) == 0
     assert out.with_suffix(".png").stat().st_size > 10_000
