@@ -24,6 +24,7 @@ def _small_slices(monkeypatch):
     # 100 rows of a slice, so that three slices and an uneven last one are used
     monkeypatch.setattr(gemm, "SLICE_BYTES", 100 * DIM * 4)
     monkeypatch.setattr(gemm, "THREAD_SLICE_BYTES", 100 * DIM * 4 // torch.get_num_threads())
+    monkeypatch.setattr(gemm, "THREAD_SLICE_ENTRIES", 1)
 
 
 def operands(hidden_dtype, weight_dtype):

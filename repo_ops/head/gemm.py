@@ -26,10 +26,12 @@ SLICE_BYTES = 1 << 24
 """Size of an upcast slice of the head's weight on a CPU."""
 PRODUCT_BYTES = 1 << 22
 """Size of a slice of a 16-bit product on a CPU, or of a 16-bit operand in float32, that is still in cache when used."""
-THREAD_SLICE_BYTES = 1 << 18
-"""Each thread's share of the weight in a float32 product that makes logits on a CPU without AVX-512: MKL is slow there
-where it splits a large vocabulary itself. 2 cores, [C, D] by [D, V] whole and in such slices, ms: C = 256 by
-(1024, 151936) 1198 and 782, 512 1656 and 1365; C = 307 by (576, 49152) 287 and 202, 682 521 and 402."""
+THREAD_SLICE_BYTES, THREAD_SLICE_ENTRIES = 1 << 18, 128
+"""Each thread's share of the weight, and the vocabulary entries that it has at least, in a float32 product that makes
+logits on a CPU without AVX-512: MKL is slow there where it splits a large vocabulary itself, and where it gets few
+entries. 2 cores, [C, D] by [D, V] whole and in such slices, ms: C = 310 by (576, 49152) 216 and 170, 512 by
+(1024, 75968) 861 and 690, 256 by (1536, 151936) 1853 and 1263, 512 by (4096, 37984) 1966 and 1393, in slices of 32
+entries 2075."""
 SERIAL, SERIAL_TERMS = 8, 2048
 """CPU products with so few rows or columns are summed in slices of so many terms: MKL without AVX-512 gives them to a
 loop that adds up the vocabulary one by one. 3 rows of 100,000 terms are 7e-6 off, and 1e-7 in slices."""
@@ -55,7 +57,9 @@ def logits_(tile: Tensor, hidden: Tensor, weight: Tensor, *, add: bool = False) 
         return
     dtype = _product_dtype(tile)
     if _is_slow_whole(weight, dtype) and tile.dtype == dtype == hidden.dtype:
-        for part in _parts(len(weight), weight.shape[1] * dtype.itemsize, THREAD_SLICE_BYTES * torch.get_num_threads()):
+        entry_bytes, threads = weight.shape[1] * dtype.itemsize, torch.get_num_threads()
+        part_bytes = threads * max(THREAD_SLICE_BYTES, THREAD_SLICE_ENTRIES * entry_bytes)
+        for part in _parts(len(weight), entry_bytes, part_bytes):
             torch.addmm(tile[:, part], hidden, weight[part].t(), beta=beta, out=tile[:, part])
         return
     with _operands_of(hidden, weight):
