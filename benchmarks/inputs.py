@@ -42,9 +42,16 @@ class Case:
     def __str__(self) -> str:
         parts = [str(self.shape), self.dtype]
         if self.dead:
-            parts.append(f"{self.dead:.0%} {'masked' if self.dead_kind == 'masked' else 'of zero advantage'}")
+            kind = "masked" if self.dead_kind == "masked" else "of zero advantage"
+            parts.append(f"{self.dead_share:.0%} {kind}")
         parts += ["frozen head"] * self.frozen + ["entropy bonus"] * self.entropy
         return ", ".join(parts)
+
+    @property
+    def dead_share(self) -> float:
+        """`dead`, or as near to it as whole sequences come."""
+        batch = self.shape.rows // min(self.length, self.shape.rows)
+        return round(self.dead * batch) / batch if self.dead_kind == "zero_advantage" else self.dead
 
     def to_dict(self) -> dict[str, Any]:
         """Plain containers, for json."""
@@ -121,7 +128,7 @@ def _live(case: Case, batch: int, length: int, random: torch.Generator) -> tuple
     """mask [B, T] and advantages [B]; the share of dead rows is the case's as closely as whole sequences allow."""
     mask, advantages = torch.ones(batch, length), torch.randn(batch, generator=random)
     if case.dead_kind == "zero_advantage":
-        advantages[torch.randperm(batch, generator=random)[: round(case.dead * batch)]] = 0.0
+        advantages[torch.randperm(batch, generator=random)[: round(case.dead_share * batch)]] = 0.0
     elif case.dead:
         keep = torch.rand(batch, generator=random) + 0.1  # uneven lengths, each at least 1, with the wanted sum
         wanted = round((1 - case.dead) * batch * length)

@@ -184,6 +184,8 @@ class Trained:
 
     logps: list[Tensor] = field(default_factory=list)
     """[B, T] of each step, 0 where a token is masked."""
+    logps_from_float64: list[float] = field(default_factory=list)
+    """Largest distance of each step's log-probabilities from `exact_logps` of the same hidden states."""
     gradients: list[dict[str, Tensor]] = field(default_factory=list)
     """Of each step, as the optimizer gets them."""
     completions: list[list[str]] = field(default_factory=list)
@@ -218,9 +220,13 @@ def train(name: str, setting: Setting, folder: Path, **more: Any) -> Trained:
     seen.before = {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
     score = trainer._get_per_token_logps_and_entropies
 
-    def keep_logps(*arguments: Any, **named: Any) -> Any:
-        found = score(*arguments, **named)
-        seen.logps.append(found[0].detach())
+    def keep_logps(model: Any, input_ids: Tensor, *arguments: Any, **named: Any) -> Any:
+        with hidden_states_of(trainer.model) as hidden:
+            found = score(model, input_ids, *arguments, **named)
+        logps = found[0].detach()
+        exact = exact_logps(trainer, torch.cat(hidden), input_ids, logps.shape[1])
+        seen.logps.append(logps)
+        seen.logps_from_float64.append(float((logps - exact)[logps != 0].abs().max()))
         return found
 
     @functools.wraps(theirs)
@@ -234,6 +240,25 @@ def train(name: str, setting: Setting, folder: Path, **more: Any) -> Trained:
     seen.our_calls = 0 if head is None else head.calls
     seen.after = {n: p.detach() for n, p in trainer.model.named_parameters()}
     return seen
+
+
+@contextmanager
+def hidden_states_of(model: Any) -> Iterator[list[Tensor]]:
+    """What the head of `model` is given meanwhile, [B, T, D] a forward pass."""
+    seen: list[Tensor] = []
+    handle = model.base_model.register_forward_hook(lambda _module, _inputs, out: seen.append(out.last_hidden_state))
+    try:
+        yield seen
+    finally:
+        handle.remove()
+
+
+@torch.no_grad()
+def exact_logps(trainer: Any, hidden: Tensor, input_ids: Tensor, length: int) -> Tensor:
+    """[B, length] float64 log-probabilities of the last tokens from the float32 hidden states and head."""
+    head = trainer.model.get_output_embeddings().weight.double()
+    logits = hidden[:, -length - 1 : -1].double() @ head.T / trainer.temperature
+    return logits.log_softmax(-1).gather(-1, input_ids[:, -length:, None])[..., 0]
 
 
 def compare_training(setting: Setting, steps: int) -> list[dict[str, Any]]:
@@ -254,6 +279,7 @@ def compare_training(setting: Setting, steps: int) -> list[dict[str, Any]]:
                 "same_completions": theirs.completions == ours.completions,
                 "same_rewards": theirs.rewards == ours.rewards,
                 "logps_apart": [float((a - b).abs().max()) for a, b in zip(theirs.logps, ours.logps)],
+                "logps_from_float64": {"installed": ours.logps_from_float64, "trl": theirs.logps_from_float64},
                 "gradients_apart": [_apart(a, b) for a, b in zip(theirs.gradients, ours.gradients)],
                 "gradients_apart_largest": [
                     max(float((a[n] - b[n]).abs().max()) for n in a) for a, b in zip(theirs.gradients, ours.gradients)
@@ -384,10 +410,16 @@ def training_table(rows: list[dict[str, Any]]) -> str:
         lines.append([name, *map(number, rows)])
 
     def steps(name: str) -> Callable[[dict[str, Any]], str]:
-        return lambda row: ", ".join(f"{value:.0e}" for value in row[name])
+        return lambda row: shown(row[name])
+
+    def shown(values: Sequence[float]) -> str:
+        return ", ".join(f"{value:.1e}" for value in values)
 
     add("completions and rewards", lambda row: "same" if row["same_completions"] and row["same_rewards"] else "DIFFER")
     add("log-probabilities apart, largest of each step", steps("logps_apart"))
+    for side, label in (("installed", "ours"), ("trl", "TRL's")):
+        name = f"{label} apart from float64 of the same hidden states"
+        add(name, lambda row, side=side: shown(row["logps_from_float64"][side]))
     add("gradients apart, of their norm", steps("gradients_apart"))
     add("largest gradient apart", steps("gradients_apart_largest"))
     add("parameters apart, largest", lambda row: f"{row['parameters_apart_largest']:.0e}")
