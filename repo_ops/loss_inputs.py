@@ -19,6 +19,11 @@ from repo_ops.tokens import Tokens
 
 ObjectiveLike = str | Objective | Callable[[Tokens], Tensor]
 
+NOT_FINITE = (
+    "an infinity comes from a token that the policy could not have sampled: mask it; a NaN may be what "
+    "linear_policy_loss gives where it skipped a token: linear_logps, or Options(all_logps=True), computes every one"
+)
+
 
 class PolicyLoss(NamedTuple):
     """A policy loss with what was seen on the way."""
@@ -144,7 +149,13 @@ def loss_inputs(
         extras=named,
         constant=_constant(objective, sequence_weights.policy, lengths, advantages, extras or {}),
     )
-    return _without_zero_advantage(found) if drop_zero_advantage and objective.skips_zero_advantage else found
+    found = _without_zero_advantage(found) if drop_zero_advantage and objective.skips_zero_advantage else found
+    # not sampler_logps: an engine that reports NaN loses that token, not the step
+    for name, values in (("old_logps", found.old_logps), ("ref_logps", found.ref_logps)):
+        if values is not None:
+            ok = values.isfinite().all()
+            arguments.check_values(name, ok, "finite numbers where a token is computed", NOT_FINITE)
+    return found
 
 
 def _with_sequences(where: Layout) -> tuple[Layout, int, Tensor, Tensor]:
@@ -186,9 +197,6 @@ def _live_logps(name: str, values: Tensor, where: Layout, device: torch.device) 
     arguments.check_float(name, values)
     arguments.check_device(name, values, device, "targets")
     live = where.take(values.detach())
-    if name != "sampler_logps":  # an engine that reports NaN loses that token, not the step
-        remedy = "an infinity or a NaN comes from a token that the policy could not have sampled: mask it"
-        arguments.check_values(name, live.isfinite().all(), "finite numbers where mask is 1", remedy)
     return live.to(torch.promote_types(live.dtype, torch.float32))
 
 

@@ -805,3 +805,21 @@ def test_scaling_advantages_scales_loss_and_gradient(factor, objective):
     scaled.loss.backward()
     torch.testing.assert_close(scaled.loss, factor * one.loss, rtol=1e-5, atol=1e-6 * factor)
     assert relative_error(others["weight"].grad, factor * leaves["weight"].grad) <= 1e-5
+
+
+@pytest.mark.parametrize("name", ["grpo", "gspo"])
+def test_log_probabilities_of_one_update_are_the_old_ones_of_the_next(name):
+    # NaN where a token was skipped; the next update on the same advantages skips it as well
+    hidden, weight, targets = torch.randn(4, 6, DIM), torch.randn(101, DIM), torch.randint(101, (4, 6))
+    advantages = torch.tensor([1.0, 0.0, -1.0, 0.0])
+    first = linear_policy_loss(hidden, weight, targets, advantages, objective=name)
+    assert first.logps[1].isnan().all()
+    moved = (hidden + 0.1 * torch.randn_like(hidden)).requires_grad_()
+    whole = linear_logps(hidden, weight, targets).logps
+    losses = [
+        linear_policy_loss(moved, weight, targets, advantages, objective=name, old_logps=old).loss
+        for old in (first.logps, whole)
+    ]
+    torch.testing.assert_close(losses[0], losses[1])
+    with pytest.raises(ValueError, match=r"old_logps: expected finite .* Options\(all_logps=True\)"):
+        linear_policy_loss(moved, weight, targets, advantages + 1, objective=name, old_logps=first.logps)
