@@ -18,7 +18,7 @@ from torch import Tensor
 from repo_ops.arguments import Layout, check_values, layout
 from repo_ops.first_order import first_order
 from repo_ops.head import gemm, support, sweep
-from repo_ops.head.gradients import Gradients
+from repo_ops.head.gradients import FLOAT16, Gradients
 from repo_ops.head.inputs import HeadInputs, RowStats, Wanted, exact_dtype
 from repo_ops.head.plan import Plan, make_plan
 from repo_ops.head_arguments import HeadSettings, head_inputs
@@ -183,7 +183,7 @@ def evaluate(call: Call, needs: Sequence[bool]) -> tuple[Tensor, RowStats, Gradi
         # a token's weight is about 1 / rows, and times probabilities below float16's smallest number; a sum's weight is
         # 1, and times the number of rows above its largest
         scale = torch.exp2(-call.inputs.weights.policy.max().log2().floor())
-    grads = Gradients(call.head, needs, rounds_float16=False, scale=scale)
+    grads = Gradients(call.head, needs, late=FLOAT16, scale=scale)
     with gemm.without_autocast(call.head.hidden):
         loss, stats = _sweep(call, grads)
     return loss, stats, grads

@@ -14,6 +14,7 @@ trl = pytest.importorskip("trl", minversion="1.16")
 from trl.trainer import utils  # noqa: E402
 from trl_host import grpo, stored_qwen2, tiny_qwen2, tokenizer  # noqa: E402
 
+from repo_ops.head import sweep  # noqa: E402
 from repo_ops.integrations import trl as ours  # noqa: E402
 from repo_ops.integrations.trl import install, uninstall  # noqa: E402
 
@@ -131,6 +132,21 @@ def test_under_autocast_the_products_are_bfloat16_and_sums_are_not():
     for name, g, t, e in zip(dict(model.named_parameters()), ours, theirs, exact, strict=True):
         assert g.dtype == torch.float32
         assert (g - e).norm() <= 1.5 * (t - e).norm() + 1e-3 * e.norm(), name
+
+
+def test_under_autocast_gradients_leave_the_head_in_float32(installed, monkeypatch):
+    model, found = tiny_qwen2(), []
+    utils.add_fused_lm_head(model, outputs=("log_probs",))
+    sum_up = sweep.gradients
+
+    def watch(head, plan, stats, dlogps, dentropy, grads):
+        sum_up(head, plan, stats, dlogps, dentropy, grads)
+        found.extend(grad.dtype for grad in grads.finish()[:2])
+
+    monkeypatch.setattr(sweep, "gradients", watch)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        scored(model, labels_of(model.config.vocab_size)).loss.backward()
+    assert found == [torch.float32, torch.float32]  # not rounded to the products' dtype on the way
 
 
 def test_deepspeed_gathers_the_head_for_forward_and_backward(installed, monkeypatch):

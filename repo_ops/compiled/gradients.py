@@ -8,12 +8,12 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from repo_ops.head.gradients import result_dtype
+from repo_ops.head.gradients import FLOAT16, result_dtype
 
 
 def gradient_dtype(tensor: Tensor, exact: torch.dtype) -> torch.dtype:
     """Dtype in which the gradient of `tensor` waits for the backward; float16 is rounded there, after its scaling."""
-    return result_dtype(tensor, exact, rounds_float16=False)
+    return result_dtype(tensor, exact, FLOAT16)
 
 
 def of_leaves(

@@ -22,7 +22,7 @@ class ProductGradients:
     need_weight: bool
     every_row_is_written: bool
     accumulation_dtype: torch.dtype
-    rounds_float16: bool
+    late: frozenset[torch.dtype]
     weight_grad: Tensor | None = None
     """The weight's existing .grad, which is added to; None: a new tensor is handed over."""
     hidden: Tensor | None = field(default=None, init=False)
@@ -83,12 +83,15 @@ class ProductGradients:
         return self.hidden, self.weight.to(self._result_dtype(weight))
 
     def _result_dtype(self, tensor: Tensor) -> torch.dtype:
-        return result_dtype(tensor, self.accumulation_dtype, self.rounds_float16)
+        return result_dtype(tensor, self.accumulation_dtype, self.late)
 
 
-def result_dtype(tensor: Tensor, exact: torch.dtype, rounds_float16: bool) -> torch.dtype:
-    """Dtype in which the gradient of `tensor` leaves the sweep."""
-    return exact if tensor.dtype == torch.float16 and not rounds_float16 else tensor.dtype
+FLOAT16 = frozenset({torch.float16})
+
+
+def result_dtype(tensor: Tensor, exact: torch.dtype, late: frozenset[torch.dtype]) -> torch.dtype:
+    """Dtype in which the gradient of `tensor` leaves the sweep: `exact` where its own dtype is one of `late`."""
+    return exact if tensor.dtype in late else tensor.dtype
 
 
 def _weight_grad(weight: Tensor) -> Tensor:
@@ -102,22 +105,28 @@ class Gradients:
     """Gradients of a head: of its products and its bias, those that are needed."""
 
     def __init__(
-        self, head: HeadInputs, needs: Sequence[bool], *, rounds_float16: bool = True, scale: Tensor | None = None
+        self,
+        head: HeadInputs,
+        needs: Sequence[bool],
+        *,
+        late: frozenset[torch.dtype] = frozenset(),
+        scale: Tensor | None = None,
     ) -> None:
         """`needs`: for hidden, weight, bias, adapter hidden, adapter weight, as in `HeadInputs.tensors`.
 
-        Without `rounds_float16`, gradients of float16 tensors stay in float32: where a gradient scaler multiplies them
-        later, rounding them first would underflow. `scale` (0-d, a power of two) multiplies them on the way and is
-        taken out at the end: what float16 operands of the gradient GEMMs need for the same reason.
+        Gradients of tensors of the dtypes `late` stay in float32, for the caller to round: of float16 where a gradient
+        scaler multiplies them later, as they would underflow; of copies that autocast made. `scale` (0-d, a power of
+        two) multiplies them on the way and is taken out at the end: what float16 operands of the gradient GEMMs need
+        for the same reason.
         """
         self.scale = scale
         self.head = head
-        self.rounds_float16 = rounds_float16
+        self.late = late
         self.wanted = any(needs)
         self.weight_grad = _weight_grad(head.weight) if head.accumulates and needs[1] else None
         pairs = zip(head.products, [needs[:2], needs[3:]], [self.weight_grad, None], strict=False)
         self.products = [
-            ProductGradients(product, need[0], need[1], head.rows is None, head.exact_dtype, rounds_float16, grad)
+            ProductGradients(product, need[0], need[1], head.rows is None, head.exact_dtype, late, grad)
             for product, need, grad in pairs
         ]
         bias = needs[2]
@@ -145,7 +154,7 @@ class Gradients:
         (hidden, weight), *adapter = [gradients.finish() for gradients in self.products]
         bias = self.bias
         if bias is not None and self.head.bias is not None:
-            bias = bias.to(result_dtype(self.head.bias, bias.dtype, self.rounds_float16))
+            bias = bias.to(result_dtype(self.head.bias, bias.dtype, self.late))
         found = [hidden, weight, bias, *(adapter[0] if adapter else (None, None))]
         return found if self.scale is None else [None if grad is None else grad.div_(self.scale) for grad in found]
 

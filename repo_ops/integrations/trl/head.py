@@ -217,17 +217,16 @@ class _Statistics(torch.autograd.Function):
         # ZeRO-3 has taken the weight apart again since the forward
         with maybe_gather_lm_head_ctx(weight, bias), gemm.without_autocast(hidden):
             head = call.head(hidden, weight, bias, targets)
-            grads = Gradients(head, [*ctx.needs_input_grad[:3], False, False])
+            copies = {t.dtype for t in (hidden, weight)} != {call.dtype}
+            # under autocast sums stay in float32: the products' own dtype would round them
+            late = frozenset({call.dtype}) if copies else frozenset()
+            grads = Gradients(head, [*ctx.needs_input_grad[:3], False, False], late=late)
             plan = make_plan(head, as_options(call.installed.options), call.wanted)
             dlogps = torch.zeros_like(found.logps) if dlogps is None else dlogps
             sweep.gradients(head, plan, found, dlogps, dentropy, grads)
         call.installed.backwards += 1
-        dhidden, dweight = grads.finish()[:2]
-        # sums stay in float32 under autocast: the products' own dtype would round them; no sum, no rows: dweight is 0
-        summed = grads.products[0].weight
-        exact = [dhidden, dweight if summed is None else summed, grads.bias]
-        tensors = (hidden, weight, bias)
-        return (*(g if g is None or t is None else g.to(t.dtype) for g, t in zip(exact, tensors)), None, None)
+        found = zip(grads.finish(), (hidden, weight, bias), strict=False)
+        return (*(g if g is None or t is None else g.to(t.dtype) for g, t in found), None, None)
 
 
 def _mean_logits(head: HeadInputs) -> Tensor:
