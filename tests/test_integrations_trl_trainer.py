@@ -294,6 +294,18 @@ def test_resume_gives_the_bits_of_an_unbroken_run(tmp_path):
         repo(tmp_path / "third", **more).train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
 
 
+def test_a_second_train_goes_on_with_the_buffer_of_the_first(tmp_path):
+    trainer = repo(tmp_path, max_steps=3, prompts=PROMPTS[:2], replay="recency")
+    trainer.train()
+    newest, size = trainer.replay.buffer.newest, len(trainer.replay.buffer)
+    trainer.train()  # whose steps begin at 0 again
+    assert len(trainer.replay.buffer) >= size
+    assert trainer.replay.buffer.newest > newest
+    ages = [entry["replay/age_steps_mean"] for entry in trainer.state.log_history if "replay/size" in entry]
+    assert ages
+    assert min(ages) >= 0
+
+
 def test_what_could_not_be_scored_is_not_stored(tmp_path):
     def reward(completions, **_):
         return [None if i % 4 == 0 else float(i) for i in range(len(completions))]
@@ -413,6 +425,15 @@ REFUSED = {
     "two samplers": (
         {"use_vllm": True, "objective": "grpo", "objective_args": {"sampler_weight": "token_mask"}},
         "objective_args: expected no sampler_weight .* set vllm_importance_sampling_mode",
+    ),
+    "a sampler's weight of its own": (
+        {"use_vllm": True, "objective": "areal"},
+        "vllm_importance_sampling_correction: expected False with objective 'areal', which corrects by itself",
+    ),
+    "a reference in the loss": ({"objective": "spo"}, "objective: expected one that reads a reference policy for its"),
+    "length": (
+        {"objective": "dr_grpo", "objective_args": {"max_length": 0}},
+        "max_length: expected tokens > 0, got 0",
     ),
     "regex": ({"use_vllm": True, "vllm_structured_outputs_regex": "a+"}, "vllm_structured_outputs_regex; the stored"),
     "hyper of nothing": (

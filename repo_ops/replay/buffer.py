@@ -104,6 +104,11 @@ class ReplayBuffer:
         """Samples stored, over all prompts."""
         return sum(len(ring.stored) for ring in self._rings.values())
 
+    @property
+    def newest(self) -> int | None:
+        """Policy version of the newest stored sample; None while there is none."""
+        return max((entry.sample.version for ring in self._rings.values() for entry in ring.stored), default=None)
+
     def samples(self, prompt: str) -> list[Sample]:
         """What is stored of a prompt, oldest first; looking does not count as drawing."""
         ring = self._rings.get(_checked_prompt(prompt))

@@ -149,6 +149,12 @@ class RePOConfig(GRPOConfig):
                 f"objective: expected one that reads log-probabilities and entropy, got {self.objective!r}, which also "
                 f"reads {', '.join(missing)}; call repo_ops.linear_policy_loss from a loop of your own"
             )
+        if "ref_logps" in objective.requires:
+            raise ValueError(
+                f"objective: expected one that reads a reference policy for its KL alone, got {self.objective!r}, "
+                "whose loss itself needs one, of replayed completions too; call repo_ops.linear_policy_loss from a "
+                "loop of your own"
+            )
         if objective.reach == "batch" and self.world_size > 1:
             raise ValueError(
                 f"objective: {self.objective!r} has statistics over a batch, expected one process, got "

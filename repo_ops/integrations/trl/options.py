@@ -75,6 +75,11 @@ def objective_of(config: RePOConfig) -> Objective:
             raise ValueError(f"beta: expected {config.beta} in objective_args too, got {hyper['beta']}; set beta alone")
         hyper = ({"beta": config.beta} if config.beta else {}) | hyper
     if config.use_vllm and config.vllm_importance_sampling_correction:
+        if (own := _get(config, name, hyper).sampler_weight) is not None and "sampler_weight" not in hyper:
+            raise ValueError(
+                f"vllm_importance_sampling_correction: expected False with objective {name!r}, which corrects by "
+                f"itself ({own}), got True"
+            )
         for theirs, ours in SAMPLER.items():
             if ours in hyper:
                 raise ValueError(
@@ -82,10 +87,15 @@ def objective_of(config: RePOConfig) -> Objective:
                     f"{hyper[ours]!r}; set {theirs}, or switch that correction off"
                 )
             hyper[ours] = getattr(config, theirs)
+    return _get(config, name, hyper)
+
+
+def _get(config: RePOConfig, name: str, hyper: dict[str, Any]) -> Objective:
+    """The objective, with the length of completions for a reduction by a constant that names none."""
     try:
         return get_objective(name, **hyper)
     except ValueError as error:
-        if not str(error).startswith("max_length"):
+        if "max_length" in hyper or not str(error).startswith("max_length"):
             raise
         return get_objective(name, **hyper, max_length=config.max_completion_length)
 

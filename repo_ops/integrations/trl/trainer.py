@@ -71,6 +71,7 @@ class RePOTrainer(GRPOTrainer):
         super().__init__(model, reward_funcs, args, *more, **named)
         self.replay: Replay | None = None
         self._rewards: Tensor | None = None
+        self._first_version: int | None = None
         if not args.uses_ours:
             return
         self._refuse_what_rows_do_not_hold()
@@ -123,6 +124,11 @@ class RePOTrainer(GRPOTrainer):
         backbone = Backbone(self._base)
         _add_policy_forward(self._base)
         return backbone
+
+    def train(self, *args: Any, **named: Any) -> Any:
+        """TRL's, with what earlier calls have stored; their samples stay older than those of this one."""
+        self._first_version = None  # steps are counted from 0 again, or from the checkpoint's
+        return super().train(*args, **named)
 
     # --- a generation becomes rows
 
@@ -226,7 +232,7 @@ class RePOTrainer(GRPOTrainer):
             ).tolist()
             drawn: dict[str, list[Row]] = {}
         else:
-            drawn, advantages = self.replay.rows(records, rewards, version=self.state.global_step)
+            drawn, advantages = self.replay.rows(records, rewards, version=self._version())
         if self.args.advantage_estimator is not None or self.args.advantage_mode == "mixed":
             fresh = [replace(row, advantage=advantages[first + i]) for i, row in enumerate(fresh)]
         begins: dict[str, int] = {}
@@ -238,6 +244,14 @@ class RePOTrainer(GRPOTrainer):
             for prompt, place in here.items()
             if drawn.get(prompt)
         }
+
+    def _version(self) -> int:
+        """Of the policy, in optimizer steps: later than all that was stored before this train() began."""
+        assert self.replay is not None
+        if self._first_version is None:
+            newest = self.replay.buffer.newest
+            self._first_version = 0 if newest is None else max(0, newest + 1 - self.state.global_step)
+        return self._first_version + self.state.global_step
 
     def _total_rewards(self) -> list[float]:
         """Of every completion of all ranks, as TRL adds them up; NaN where no function gave a number."""
@@ -324,7 +338,7 @@ class RePOTrainer(GRPOTrainer):
             logged["replay/groups_drawn"].append(float(len({row.group for row in replayed})))
             logged["replay/rows_drawn"].append(float(len(replayed)))
             logged["replay/not_stored"].append(float(self.replay.not_stored))
-            for name, value in self.replay.buffer.metrics(self.state.global_step).items():
+            for name, value in self.replay.buffer.metrics(self._version()).items():
                 logged[name].append(value)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
