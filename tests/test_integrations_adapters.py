@@ -14,7 +14,7 @@ import pytest
 import torch
 from peers import EXACT
 
-from repo_ops import get_objective, policy_loss
+from repo_ops import NumItems, get_objective, policy_loss
 from repo_ops.integrations import nemo_rl, openrlhf, prime_rl, skyrl
 
 F64 = torch.float64
@@ -120,6 +120,26 @@ def test_prime_rl_weighs_tokens(prime):
         prime_rl.loss(prime_inputs(given, 0, weights=weights, ref=True), objective="grpo", beta=0.1)
 
 
+def test_prime_rl_hands_reference_log_probabilities_to_a_loss_that_reads_them(prime):
+    given = batch()
+    got = division(
+        given, lambda rows: sum(prime_rl.loss(prime_inputs(given, r, ref=True), objective="spo").loss for r in rows),
+        over_ranks="sum",
+    )  # fmt: skip
+    same(got, step(given, get_objective("spo", reduction="token-sum"), ref_logps=given.ref))
+
+
+def test_prime_rl_averages_over_tokens_whatever_the_objective_would_do(prime):
+    given, total = batch(), LENGTHS.sum()
+    got = division(
+        given, lambda rows: sum(prime_rl.loss(prime_inputs(given, r), objective="dr_grpo").loss for r in rows) / total,
+        over_ranks="sum",
+    )  # fmt: skip
+    same(got, step(given, get_objective("dr_grpo", reduction="token-mean")))
+    with pytest.raises(ValueError, match="reduction: expected none, got 'const'; prime-rl divides"):
+        prime_rl.loss(prime_inputs(given, 0), objective="dr_grpo", reduction="const", max_length=8)
+
+
 def test_without_prime_rl_one_sentence_says_so():
     with pytest.raises(ImportError, match="prime-rl is needed"):
         prime_rl.loss(prime_inputs(batch(), 0))
@@ -145,6 +165,29 @@ def test_skyrl_divides_in_the_advantages(name, by):
 
     reduction = {"token": "token-mean", "sequence": "seq-mean-token-mean"}[by]
     same(division(given, loss_of, over_ranks="sum"), step(given, get_objective(name, reduction=reduction)))
+
+
+@pytest.mark.parametrize("name", ["dppo_prime_rl", "ipo", "kimi", "rep_opmd", "rep_asymre", "red_weight", "clip_cov"])
+def test_skyrl_is_given_no_loss_that_its_factor_in_the_advantages_does_not_reach(name):
+    with pytest.raises(ValueError, match="objective: expected a loss proportional to the advantages"):
+        skyrl.skyrl_loss(get_objective(name))
+
+
+@pytest.mark.parametrize("as_config", [dict, lambda **given: SimpleNamespace(**given)])
+def test_skyrls_own_corrections_are_refused_not_ignored(as_config):
+    given, loss = batch(), skyrl.skyrl_loss(get_objective("dapo"))
+    off = dict.fromkeys(skyrl.CORRECTIONS)
+
+    def call(**on):
+        config = SimpleNamespace(off_policy_correction=as_config(**{**off, **on}), eps_clip_low=0.2)
+        return loss(given.logps, given.old, given.advantages, config, given.mask, rollout_logprobs=given.sampler)
+
+    assert call()[0].isfinite()
+    for name, value in {"tis_ratio_type": "token", "sequence_mask_metric": "product"}.items():
+        with pytest.raises(ValueError, match=f"off_policy_correction.{name}: expected None, got '{value}'"):
+            call(**{name: value})
+    with pytest.raises(ValueError, match=r"outlier_token_is_threshold_high: expected None, got 100\.0"):
+        call(outlier_token_is_threshold_high=100.0)
 
 
 def test_skyrl_hands_the_samplers_log_probabilities_to_objectives_that_read_them():
@@ -208,9 +251,28 @@ class LossInputType(enum.Enum):
     LOGPROB = "logprob"
 
 
+class MetricNormalizer(enum.Enum):
+    TOKENS = "tokens"
+    SEQUENCES = "sequences"
+    NONE = "none"
+
+
+INTERFACES = "nemo_rl.algorithms.loss.interfaces"
+MEMBERS = {"LossType": LossType, "LossInputType": LossInputType, "MetricNormalizer": MetricNormalizer}
+
+
 @pytest.fixture
 def nemo(monkeypatch):
-    modules(monkeypatch, "nemo_rl.algorithms.loss.interfaces", LossType=LossType, LossInputType=LossInputType)
+    modules(monkeypatch, INTERFACES, **MEMBERS)
+
+
+def nemo_data(given, rows, sample_mask):
+    def shifted(x):  # NeMo-RL's batches hold an entry for the first token as well
+        return torch.cat([torch.full_like(x[rows, :1], 7), x[rows]], 1)
+
+    names = {"token_mask": given.mask.long(), "advantages": given.advantages, "prev_logprobs": given.old,
+             "generation_logprobs": given.sampler, "reference_policy_logprobs": given.ref}  # fmt: skip
+    return {**{key: shifted(x) for key, x in names.items()}, "sample_mask": sample_mask[rows]}
 
 
 @pytest.mark.parametrize(
@@ -227,15 +289,9 @@ def test_nemo_rl_gives_valid_counts_of_the_step(nemo, name, hyper):
     valid = {"global_valid_seqs": sample_mask.sum(), "global_valid_toks": given.mask.sum()}
     shares = []
 
-    def shifted(x, rows):  # NeMo-RL's batches hold an entry for the first token as well
-        return torch.cat([torch.full_like(x[rows, :1], 7), x[rows]], 1)
-
     def loss_of(rows):
-        names = {"token_mask": given.mask.long(), "advantages": given.advantages, "prev_logprobs": given.old,
-                 "generation_logprobs": given.sampler, "reference_policy_logprobs": given.ref}  # fmt: skip
-        data = {key: shifted(x, rows) for key, x in names.items()}
-        found, metrics = loss_fn({**data, "sample_mask": sample_mask[rows]}, **valid,
-                                 next_token_logprobs=given.logps[rows])  # fmt: skip
+        data = nemo_data(given, rows, sample_mask)
+        found, metrics = loss_fn(data, **valid, next_token_logprobs=given.logps[rows])
         shares.append(metrics)
         return found
 
@@ -252,9 +308,46 @@ def test_nemo_rl_gives_valid_counts_of_the_step(nemo, name, hyper):
     assert sum(share["ratio"] for share in shares) == pytest.approx(float(ratio), rel=1e-5)
 
 
+@pytest.mark.parametrize("name", ["dapo", "gspo"])
+def test_nemo_rl_may_divide_at_the_end_of_the_step(nemo, name):
+    # its split-step trainers pass counts of 1 and divide each metric later by what the loss says of it
+    given, one, rows = batch(), torch.tensor(1), [0, 2, 3, 4, 5]
+    data = nemo_data(given, rows, torch.ones(B, dtype=torch.int64))
+    loss_fn = nemo_rl.NemoRLLoss(get_objective(name))
+    said = loss_fn.metric_normalizations  # taken when the step begins
+    counts = {MetricNormalizer.TOKENS: LENGTHS.sum(), MetricNormalizer.SEQUENCES: len(rows), MetricNormalizer.NONE: 1}
+    call = {"global_valid_seqs": one, "global_valid_toks": one, "next_token_logprobs": given.logps[rows]}
+    later = {key: value / float(counts[said[key]]) for key, value in loss_fn(data, **call)[1].items()}
+    valid = {"global_valid_seqs": torch.tensor(len(rows)), "global_valid_toks": LENGTHS.sum()}
+    assert later == pytest.approx(loss_fn(data, **{**call, **valid})[1], rel=1e-5)
+    assert later["num_valid_samples"] == len(rows)
+
+
+def test_nemo_rls_stand_ins_of_filtered_tokens_do_not_count(nemo):
+    given, rows = batch(), list(range(B))
+    keep = torch.rand(B, T, generator=torch.Generator().manual_seed(1)) < 0.7
+    data = {**nemo_data(given, rows, torch.ones(B, dtype=torch.int64)), "curr_logprobs_keep_mask": keep.long()}
+    valid = {"global_valid_seqs": torch.tensor(B), "global_valid_toks": given.mask.sum()}
+    stand_ins = torch.where(keep, given.logps, 0.0)
+    loss = nemo_rl.NemoRLLoss(get_objective("gspo"))(data, **valid, next_token_logprobs=stand_ins)[0]
+    given.mask = given.mask & keep
+    want = policy_loss(given.logps, given.advantages, objective="gspo", mask=given.mask, old_logps=given.old,
+                       num_items=NumItems(torch.tensor(B), torch.tensor(1)))  # fmt: skip
+    torch.testing.assert_close(loss, want.loss, **EXACT)
+
+
+def test_nemo_rl_before_it_asked_what_metrics_are_divided_by(monkeypatch):
+    modules(monkeypatch, INTERFACES, LossType=LossType, LossInputType=LossInputType)
+    given, rows = batch(), list(range(B))
+    loss_fn = nemo_rl.NemoRLLoss(get_objective("dapo"))
+    valid = {"global_valid_seqs": torch.tensor(B), "global_valid_toks": given.mask.sum()}
+    assert loss_fn(nemo_data(given, rows, torch.ones(B)), **valid, next_token_logprobs=given.logps)[0].isfinite()
+    assert loss_fn.metric_normalizations == {}
+
+
 def test_what_nemo_rl_does_not_hold_is_refused(nemo, monkeypatch):
     with pytest.raises(ValueError, match="objective: reads entropy"):
         nemo_rl.NemoRLLoss(get_objective("grpo", entropy_coef=0.1))
-    monkeypatch.setitem(sys.modules, "nemo_rl.algorithms.loss.interfaces", None)
+    monkeypatch.setitem(sys.modules, INTERFACES, None)
     with pytest.raises(ImportError, match="nemo_rl is needed"):
         nemo_rl.NemoRLLoss(get_objective("dapo"))

@@ -8,6 +8,7 @@ micro-batches and ranks add up to the step's loss; NeMo-RL multiplies by the num
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -31,15 +32,18 @@ class NemoRLLoss:
 
     def __init__(self, objective: Objective) -> None:
         try:
-            from nemo_rl.algorithms.loss.interfaces import LossInputType, LossType
+            interfaces = importlib.import_module("nemo_rl.algorithms.loss.interfaces")
         except ImportError as error:
             raise ImportError(f"nemo_rl is needed for its loss types; install NeMo-RL ({error})") from error
         if unknown := sorted(objective.reads - set(READS)):
             raise ValueError(f"objective: reads {', '.join(unknown)}, which NeMo-RL's batches do not hold")
         self.objective = objective
-        self.input_type = LossInputType.LOGPROB
+        self.input_type = interfaces.LossInputType.LOGPROB
         by_tokens = counts_tokens(objective.reduction)
-        self.loss_type = LossType.TOKEN_LEVEL if by_tokens else LossType.SEQUENCE_LEVEL
+        self.loss_type = interfaces.LossType.TOKEN_LEVEL if by_tokens else interfaces.LossType.SEQUENCE_LEVEL
+        self.metric_normalizations: dict[str, Any] = {}
+        """metric -> what it was divided by, filled by calls: trainers that pass counts of 1 divide by this later."""
+        self._normalizer = getattr(interfaces, "MetricNormalizer", None)  # older NeMo-RL has none
 
     def __call__(
         self,
@@ -53,10 +57,13 @@ class NemoRLLoss:
 
         Args:
             data: [B, S] token_mask, advantages, prev_logprobs and what else the objective reads, entry t of token t;
-                [B] sample_mask. next_token_logprobs: [B, S - 1], entry t of token t + 1.
+                [B] sample_mask; under top-k or top-p sampling [B, S - 1] curr_logprobs_keep_mask, 0 where a
+                log-probability is a stand-in. next_token_logprobs: [B, S - 1], entry t of token t + 1.
         """
         length = next_token_logprobs.shape[1]
         mask = (data["token_mask"][:, 1:] * data["sample_mask"][:, None]).bool()[:, :length]
+        if "curr_logprobs_keep_mask" in data:
+            mask = mask & data["curr_logprobs_keep_mask"][:, :length].bool()
         reads = {ours: name for ours, name in READS.items() if ours in self.objective.reads}
         given: dict[str, Any] = {ours: data[name][:, 1:] for ours, name in reads.items()}
         given["old_logps"] = data["prev_logprobs"][:, 1:]
@@ -76,4 +83,9 @@ class NemoRLLoss:
         shares["loss"] = found.loss.detach()
         numbers = torch.stack([value.to(torch.float32) for value in shares.values()]).tolist()
         metrics: dict[str, Any] = dict(zip(shares, numbers, strict=True))
+        if self._normalizer is not None:
+            by_tokens = counts_tokens(self.objective.reduction)
+            self.metric_normalizations |= dict.fromkeys(metrics, self._normalizer.TOKENS)
+            self.metric_normalizations["loss"] = self._normalizer.TOKENS if by_tokens else self._normalizer.SEQUENCES
+            self.metric_normalizations["num_valid_samples"] = self._normalizer.NONE
         return found.loss, {**metrics, "num_valid_samples": float(data["sample_mask"].sum())}
