@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from repo_ops.arguments import check_shape
+from repo_ops.arguments import check_shape, check_values
 from repo_ops.integrations.liger.settings import COUNTED_OVER_RANKS, Settings
 from repo_ops.linear_logps import linear_logps
 from repo_ops.reduce import NumItems
@@ -38,12 +38,12 @@ class Step:
 
 
 def live_tokens(attention_mask: Tensor, ids: Tensor) -> Tensor:
+    """[B, T] bool."""
     if ids.ndim != 2:
         raise ValueError(f"selected_token_ids: expected shape [B, T], got {list(ids.shape)}")
     check_shape("attention_mask", attention_mask, ids.shape, "selected_token_ids")
     mask = attention_mask != 0
-    if attention_mask.device.type == "cpu" and bool((attention_mask != mask).any()):
-        raise ValueError("attention_mask: expected 0 and 1; a weight goes into the advantages")
+    check_values("attention_mask", (attention_mask == mask).all(), "0 and 1", "a weight goes into the advantages")
     return mask
 
 
