@@ -1,5 +1,5 @@
 # Every target sets up what it needs, once: .venv is made again only when pyproject.toml, setup.py or TORCH changes.
-#   PYTHON=python3.12 make test     another interpreter (3.10 or newer; delete .venv first)
+#   PYTHON=python3.12 make test     another interpreter (3.11 or newer; delete .venv first)
 #   TORCH=torch make demo           the newest torch, with CUDA where there is a GPU
 PYTHON ?= python3
 VENV ?= .venv
@@ -35,7 +35,7 @@ help:
 
 # torch goes first and alone: everything after it finds its requirement met and cannot pull another build.
 $(TORCH_STAMP):
-	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(v < (3, 10) and "PYTHON: expected Python 3.10 or newer, got %d.%d; set PYTHON=python3.11, say" % v)'
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(v < (3, 11) and "PYTHON: expected Python 3.11 or newer, got %d.%d; set PYTHON=python3.11, say" % v)'
 	@echo "== $(VENV): $(TORCH)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(PIP) --upgrade 'setuptools>=77' wheel
@@ -127,12 +127,19 @@ site: $(DEV_STAMP)
 
 # Let nothing else run meanwhile. Results and pictures are written to benchmarks/results.
 RESULTS := benchmarks/results
+HEAD := $(BIN)/python benchmarks/bench_linear_policy_loss.py
 bench: $(DEV_STAMP)
 	$(BIN)/pytest benchmarks $(ARGS)
-	$(BIN)/python benchmarks/bench_linear_policy_loss.py --shapes SmolLM2-135M Qwen3-0.6B --dead 0 70 \
-	  --dead-kind zero_advantage --json $(RESULTS)/linear_policy_loss-cpu.json
-	$(BIN)/python benchmarks/bench_linear_policy_loss.py --dtype bfloat16 --dead 0 70 \
-	  --dead-kind zero_advantage --json $(RESULTS)/linear_policy_loss-cpu-bfloat16.json
+	$(HEAD) --dead 0 70 --dead-kind zero_advantage --json $(RESULTS)/linear_policy_loss-cpu.json
+	$(HEAD) --dead 0 70 --dead-kind zero_advantage --shapes Qwen3-0.6B --length 32 --rounds 5 \
+	  --json $(RESULTS)/linear_policy_loss-cpu-qwen3-0.6b.json
+	$(HEAD) --dead 0 70 --dead-kind zero_advantage --shapes Qwen2.5-1.5B Qwen3-8B Llama-3-8B --length 32 --rounds 3 \
+	  --methods floor fresh_floor ours naive trl liger liger_one_chunk cce \
+	  --json $(RESULTS)/linear_policy_loss-cpu-large.json
+	$(HEAD) --methods floor ours --dead 30 --dead-kind zero_advantage --json $(RESULTS)/dead30-cpu.json
+	$(HEAD) --methods floor ours --frozen --shapes SmolLM2-135M Qwen3-0.6B --json $(RESULTS)/frozen-cpu.json
+	$(HEAD) --dead 0 70 --dead-kind zero_advantage --dtype bfloat16 \
+	  --json $(RESULTS)/linear_policy_loss-cpu-bfloat16.json
 	$(BIN)/python benchmarks/learner_step.py --json $(RESULTS)/learner_step-cpu.json
 	$(BIN)/python benchmarks/learner_step.py --dtype bfloat16 --settings short --json $(RESULTS)/learner_step-cpu-bfloat16.json
 	$(BIN)/python benchmarks/trl_trainers.py --train_steps 3 --json $(RESULTS)/trl_trainers-cpu.json
