@@ -85,8 +85,8 @@ _installed: Installed | None = None
 def install(*, options: Options | None = None) -> Installed:
     """Proof of work: an object whose `calls` and `rows` count what our head computed under TRL's trainers.
 
-    Log-probabilities, entropies and gradients are those of TRL in float32 (to about 1e-6), at the temperature, softcap
-    and logit scale that TRL passes. Under autocast the products run in the autocast dtype, as TRL's do, and sums stay
+    Log-probabilities, entropies and gradients are those of TRL in float32 (to rounding: half a step of the logits), at
+    the temperature, softcap and logit scale that TRL passes. Under autocast the products run in the autocast dtype, as TRL's do, and sums stay
     in float32. A second call changes nothing, warns, and returns the same object.
 
     Args:
