@@ -410,16 +410,13 @@ def training_table(rows: list[dict[str, Any]]) -> str:
         lines.append([name, *map(number, rows)])
 
     def steps(name: str) -> Callable[[dict[str, Any]], str]:
-        return lambda row: shown(row[name])
-
-    def shown(values: Sequence[float]) -> str:
-        return ", ".join(f"{value:.1e}" for value in values)
+        return lambda row: _shown(row[name])
 
     add("completions and rewards", lambda row: "same" if row["same_completions"] and row["same_rewards"] else "DIFFER")
     add("log-probabilities apart, largest of each step", steps("logps_apart"))
     for side, label in (("installed", "ours"), ("trl", "TRL's")):
         name = f"{label} apart from float64 of the same hidden states"
-        add(name, lambda row, side=side: shown(row["logps_from_float64"][side]))
+        add(name, lambda row, side=side: _shown(row["logps_from_float64"][side]))
     add("gradients apart, of their norm", steps("gradients_apart"))
     add("largest gradient apart", steps("gradients_apart_largest"))
     add("parameters apart, largest", lambda row: f"{row['parameters_apart_largest']:.0e}")
@@ -431,6 +428,10 @@ def training_table(rows: list[dict[str, Any]]) -> str:
         lambda row: "{ours} + {trl}".format(**row["head_calls"]["not installed"]),
     )
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _shown(values: Sequence[float]) -> str:
+    return ", ".join(f"{value:.1e}" for value in values)
 
 
 def differs(found: dict[str, Any]) -> list[str]:

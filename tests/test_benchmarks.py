@@ -239,6 +239,9 @@ def test_three_steps_of_trl_with_our_head_are_those_without_it(tmp_path, capsys)
         assert row["same_completions"]
         assert row["logps_apart"][0] <= 1e-6  # the same weights; later they are as far apart as gradients were
         assert max(row["gradients_apart"]) <= 2e-6
+        for exact in row["logps_from_float64"].values():
+            assert len(exact) == 3
+            assert 0 < max(exact) <= 5e-6
         assert row["parameters_beyond_1e-6"] == 0
         assert row["moved_largest"] > 1e-5
         assert row["head_calls"] == {"installed": {"ours": 3, "trl": 0}, "not installed": {"ours": 0, "trl": 3}}

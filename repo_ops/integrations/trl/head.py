@@ -86,8 +86,8 @@ def install(*, options: Options | None = None) -> Installed:
     """Proof of work: an object whose `calls` and `rows` count what our head computed under TRL's trainers.
 
     Log-probabilities, entropies and gradients are those of TRL in float32 (to rounding: half a step of the logits), at
-    the temperature, softcap and logit scale that TRL passes. Under autocast the products run in the autocast dtype, as TRL's do, and sums stay
-    in float32. A second call changes nothing, warns, and returns the same object.
+    the temperature, softcap and logit scale that TRL passes. Under autocast the products run in the autocast dtype, as
+    TRL's do, and sums stay in float32. A second call changes nothing, warns, and returns the same object.
 
     Args:
         options: memory budget and backend of the head (see repo_ops.Options).
