@@ -414,9 +414,9 @@ def training_table(rows: list[dict[str, Any]]) -> str:
 
     add("completions and rewards", lambda row: "same" if row["same_completions"] and row["same_rewards"] else "DIFFER")
     add("log-probabilities apart, largest of each step", steps("logps_apart"))
-    for side, label in (("installed", "ours"), ("trl", "TRL's")):
-        name = f"{label} apart from float64 of the same hidden states"
-        add(name, lambda row, side=side: _shown(row["logps_from_float64"][side]))
+    exact = "apart from float64 of the same hidden states"
+    add(f"ours {exact}", lambda row: _shown(row["logps_from_float64"]["installed"]))
+    add(f"TRL's {exact}", lambda row: _shown(row["logps_from_float64"]["trl"]))
     add("gradients apart, of their norm", steps("gradients_apart"))
     add("largest gradient apart", steps("gradients_apart_largest"))
     add("parameters apart, largest", lambda row: f"{row['parameters_apart_largest']:.0e}")

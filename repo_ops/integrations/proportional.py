@@ -28,8 +28,13 @@ def is_proportional(objective: Objective) -> bool:
     alone = dataclasses.replace(objective, process_group=None)
     found = []
     for factor in (1.0, _FACTOR):
-        given = {"sampler_logps": old_logps - 0.05} if "sampler_logps" in alone.reads else {}
-        loss = policy_loss(logps, factor * advantages, objective=alone, old_logps=old_logps, **given).loss
+        loss = policy_loss(
+            logps,
+            factor * advantages,
+            objective=alone,
+            old_logps=old_logps,
+            sampler_logps=old_logps - 0.05 if "sampler_logps" in alone.reads else None,
+        ).loss
         (gradient,) = torch.autograd.grad(loss, logps)
         found.append(torch.cat([gradient.flatten(), loss.detach()[None]]))
     whole, small = found

@@ -225,8 +225,8 @@ class _Statistics(torch.autograd.Function):
             dlogps = torch.zeros_like(found.logps) if dlogps is None else dlogps
             sweep.gradients(head, plan, found, dlogps, dentropy, grads)
         call.installed.backwards += 1
-        found = zip(grads.finish(), (hidden, weight, bias), strict=False)
-        return (*(g if g is None or t is None else g.to(t.dtype) for g, t in found), None, None)
+        pairs = zip(grads.finish(), (hidden, weight, bias), strict=False)
+        return (*(g if g is None or t is None else g.to(t.dtype) for g, t in pairs), None, None)
 
 
 def _mean_logits(head: HeadInputs) -> Tensor:
