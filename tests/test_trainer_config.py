@@ -6,10 +6,12 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
+import torch
 
 import repo_ops.trainer
+from repo_ops.head import gemm
 from repo_ops.trainer.config import ELSEWHERE, TrainConfig, learning_rate, parse_config, save_config
-from repo_ops.trainer.demo import Demo, parse_demo
+from repo_ops.trainer.demo import Demo, demo_configs, parse_demo
 
 
 def test_names_given_for_those_of_trl_are_settings() -> None:
@@ -136,6 +138,12 @@ def test_learning_rate_by_hand() -> None:
     assert [learning_rate(linear, s) for s in range(1, 7)] == [4, 8, 8, 6, 4, 2]
     # cos(pi p) at p = 0, 1/4, 1/2, 3/4 of the way from 8 to 0
     assert [round(learning_rate(cosine, s), 4) for s in range(1, 7)] == [4, 8, 8, 6.8284, 4, 1.1716]
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_the_demo_computes_in_bfloat16_only_where_the_processor_does(monkeypatch, fast) -> None:
+    monkeypatch.setattr(gemm, "multiplies", lambda dtype, device: fast or dtype != torch.bfloat16)
+    assert [config.autocast for config in demo_configs(Demo()).values()] == [fast, fast]
 
 
 def test_demo_reads_its_own_keys(capsys) -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from repo_ops.cli import main
+from repo_ops.head import gemm
 from repo_ops.trainer.config import TrainConfig
 from repo_ops.trainer.data import PromptStream
 from repo_ops.trainer.groups import seed_of
@@ -436,3 +437,11 @@ def test_truncated_sampling_trains_over_the_kept_tokens(tmp_path, beta):
         # the reference over the same tokens: before the first update both are one model
         assert steps[0]["kl"] == pytest.approx(0.0, abs=1e-6)
         assert steps[1]["kl"] > 0
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_bfloat16_layers_on_a_processor_without_its_products_are_said_to_be_slow(monkeypatch, tmp_path, fast) -> None:
+    monkeypatch.setattr(gemm, "multiplies", lambda dtype, device: fast or dtype != torch.bfloat16)
+    slow = "this processor has no bfloat16 products: --autocast false --dtype float32 is many times as fast"
+    assert (slow in prepared(tmp_path / "a", autocast=True).notes) is not fast
+    assert slow not in prepared(tmp_path / "b", autocast=False).notes

@@ -51,13 +51,19 @@ def parse_demo(arguments: Sequence[str]) -> Demo:
 
 def demo_configs(demo: Demo) -> dict[str, TrainConfig]:
     """Settings of the two runs by name: the same but for the replay."""
+    import torch
+
+    from repo_ops.head import gemm
+
     folder = Path(demo.output_dir)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     grpo = TrainConfig(
         model=demo.model,
         task=demo.task,
         steps=demo.steps,
         seed=demo.seed,
         threads=demo.threads,
+        autocast=gemm.multiplies(torch.bfloat16, device),  # in PyTorch's own loops a step takes a minute
         objective="grpo",
         output_dir=str(folder / "grpo"),
         save_model=False,

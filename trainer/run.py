@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 import transformers
 
+from repo_ops.head import gemm
 from repo_ops.replay import ReplayBuffer
 from repo_ops.trainer.checkpoint import Checkpoint
 from repo_ops.trainer.config import TrainConfig
@@ -151,6 +152,8 @@ def prepare(config: TrainConfig) -> Run:
     # of a large data set the first prompts stand for all; generation would refuse a longer one, too
     engine.check_prompts([e.prompt for e in (*task.heldout, *task.train[:1000])], max_new_tokens=max_new_tokens)
     layers = "bfloat16" if config.autocast else config.dtype
+    if layers == "bfloat16" and not gemm.multiplies(torch.bfloat16, ranks.device):
+        notes.append("this processor has no bfloat16 products: --autocast false --dtype float32 is many times as fast")
     notes.append(f"completions from {engine.describe()}; the learner computes its layers in {layers}")
     run = Run(
         config, folder, task, rewards, max_new_tokens, model, tokenizer, engine, learner, make_buffer(config), prompts
