@@ -442,6 +442,6 @@ def test_truncated_sampling_trains_over_the_kept_tokens(tmp_path, beta):
 @pytest.mark.parametrize("fast", [True, False])
 def test_bfloat16_layers_on_a_processor_without_its_products_are_said_to_be_slow(monkeypatch, tmp_path, fast) -> None:
     monkeypatch.setattr(gemm, "multiplies", lambda dtype, device: fast or dtype != torch.bfloat16)
-    slow = "this processor has no bfloat16 products: --autocast false --dtype float32 is many times as fast"
+    slow = "bfloat16 products run in slow loops on this processor, which has none: --autocast false --dtype float32"
     assert (slow in prepared(tmp_path / "a", autocast=True).notes) is not fast
     assert slow not in prepared(tmp_path / "b", autocast=False).notes

@@ -153,7 +153,9 @@ def prepare(config: TrainConfig) -> Run:
     engine.check_prompts([e.prompt for e in (*task.heldout, *task.train[:1000])], max_new_tokens=max_new_tokens)
     layers = "bfloat16" if config.autocast else config.dtype
     if layers == "bfloat16" and not gemm.multiplies(torch.bfloat16, ranks.device):
-        notes.append("this processor has no bfloat16 products: --autocast false --dtype float32 is many times as fast")
+        notes.append(
+            "bfloat16 products run in slow loops on this processor, which has none: --autocast false --dtype float32"
+        )
     notes.append(f"completions from {engine.describe()}; the learner computes its layers in {layers}")
     run = Run(
         config, folder, task, rewards, max_new_tokens, model, tokenizer, engine, learner, make_buffer(config), prompts

@@ -84,8 +84,8 @@ class NemoRLLoss:
         numbers = torch.stack([value.to(torch.float32) for value in shares.values()]).tolist()
         metrics: dict[str, Any] = dict(zip(shares, numbers, strict=True))
         if self._normalizer is not None:
-            by_tokens = counts_tokens(self.objective.reduction)
             self.metric_normalizations |= dict.fromkeys(metrics, self._normalizer.TOKENS)
-            self.metric_normalizations["loss"] = self._normalizer.TOKENS if by_tokens else self._normalizer.SEQUENCES
+            if not counts_tokens(self.objective.reduction):
+                self.metric_normalizations["loss"] = self._normalizer.SEQUENCES
             self.metric_normalizations["num_valid_samples"] = self._normalizer.NONE
         return found.loss, {**metrics, "num_valid_samples": float(data["sample_mask"].sum())}

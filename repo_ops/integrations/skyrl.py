@@ -52,8 +52,9 @@ def skyrl_loss(objective: Objective) -> Callable[..., tuple[Tensor, dict[str, fl
     summed = dataclasses.replace(objective, reduction="token-sum")
     if not is_proportional(summed):
         raise ValueError(
-            f"objective: expected a loss proportional to the advantages, got {type(objective).__name__}; SkyRL has "
-            "divided them by its token counts, and what does not scale with them would be as many times too large"
+            "objective: expected a loss proportional to the advantages, got that of "
+            f"{type(objective).__module__.rpartition('.')[2]}; SkyRL has divided them by its token counts, and what "
+            "does not scale with them would be as many times too large; choose an objective without such a part"
         )
 
     def loss(
