@@ -18,7 +18,7 @@ from repo_ops.benchmarks.as_csv import write_csv
 from repo_ops.benchmarks.inputs import Case, DeadKind, Inputs, make_inputs
 from repo_ops.benchmarks.machine import describe
 from repo_ops.benchmarks.measure import Times, interleave, spread
-from repo_ops.benchmarks.methods import METHODS, Forward, Step
+from repo_ops.benchmarks.methods import METHODS, Forward, Step, floor_dtype
 from repo_ops.benchmarks.peak import in_own_process, peak_bytes
 from repo_ops.benchmarks.shapes import MODELS, Shape, shape_named
 
@@ -97,7 +97,9 @@ def compare(
     if memory and case.device != "cpu":
         peaks = {name: _peak(forwards[name], inputs) for name in forwards}
     live = inputs.mask * (inputs.advantages != 0)[:, None] if not case.entropy else inputs.mask
-    result: dict[str, Any] = {"case": case.to_dict(), "title": str(case), "live_share": live.mean().item()}
+    title, floor = str(case), str(floor_dtype(case)).removeprefix("torch.")
+    title += f", bare GEMMs in {floor}" if floor != case.dtype else ""
+    result: dict[str, Any] = {"case": case.to_dict(), "title": title, "live_share": live.mean().item()}
     del inputs, forwards  # frees memory for the processes that come next
     if memory and case.device == "cpu":
         for name in taking_part:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from repo_ops.benchmarks import compare, report
+from repo_ops.benchmarks import compare, methods, report
 from repo_ops.benchmarks.accuracy import Errors, errors, truth
 from repo_ops.benchmarks.inputs import Case, Inputs, make_inputs
 from repo_ops.benchmarks.measure import interleave, spread
@@ -175,6 +175,17 @@ def test_one_command_prints_a_table_and_keeps_json_and_csv(tmp_path: Path, capsy
     pytest.importorskip("matplotlib")
     assert report.main([str(out)]) == 0
     assert out.with_suffix(".png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_bare_gemms_run_in_a_dtype_that_the_processor_multiplies(native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(methods, "multiplies", lambda dtype, device: native or dtype == torch.float32)
+    found = compare.compare(CASES["bfloat16"], ["floor"], rounds=1, memory=False)
+    assert found["title"].endswith("bfloat16" if native else "bfloat16, bare GEMMs in float32")
+    inputs, made = make_inputs(CASES["bfloat16"]), []
+    monkeypatch.setattr(torch, "mm", lambda a, b, out: made.append((a.dtype, b.dtype, out.dtype)) or out)
+    METHODS["floor"].build(inputs)().backward()
+    assert made == [(torch.bfloat16 if native else torch.float32,) * 3] * 3
 
 
 def test_memory_is_measured_in_a_process_of_its_own() -> None:
