@@ -45,8 +45,9 @@ def head_inputs(
     settings: HeadSettings,
     *,
     accumulate_weight_grad: bool = False,
+    rounds_to: torch.dtype | None = None,
 ) -> HeadInputs:
-    """The checked head over its live rows.
+    """The checked head over its live rows; operands of a higher precision than `rounds_to` are copies in it.
 
     Raises:
         TypeError, ValueError: a shape, dtype, device or value is off; the message names the argument.
@@ -76,8 +77,14 @@ def head_inputs(
     )
     if group is not None:
         ids, owned = shards.localize(ids, shard_sizes, dist.get_rank(group))
+    hidden = hidden.reshape(-1, hidden.shape[-1])
+    leaves = (hidden, weight, settings.bias, *(adapter or (None, None)))
+    accumulates = accumulate_weight_grad and _accumulates(weight)
+    if rounds_to is not None and exact_dtype(*leaves) == torch.float32:
+        hidden, weight = _rounded(hidden, rounds_to), _rounded(weight, rounds_to)
+        adapter = None if adapter is None else Product(*(_rounded(x, rounds_to) for x in adapter))
     return HeadInputs(
-        hidden.reshape(-1, hidden.shape[-1]),
+        hidden,
         weight,
         settings.bias,
         ids,
@@ -89,8 +96,14 @@ def head_inputs(
         group,
         owned,
         max(shard_sizes),
-        accumulate_weight_grad and _accumulates(weight),
+        accumulates,
+        leaves,
     )
+
+
+def _rounded(operand: Tensor, dtype: torch.dtype) -> Tensor:
+    is_wider = operand.dtype != dtype and operand.dtype.itemsize >= dtype.itemsize
+    return operand.detach().to(dtype) if is_wider else operand
 
 
 def _accumulates(weight: Tensor) -> bool:

@@ -169,7 +169,10 @@ def prepare(
         objective, where, drop_zero_advantage=not options.all_logps, dtype=exact_dtype(hidden, weight), **given
     )
     accumulate = options.accumulate_weight_grad
-    head = head_inputs(hidden, weight, targets, inputs.where, settings, accumulate_weight_grad=accumulate)
+    head = head_inputs(
+        hidden, weight, targets, inputs.where, settings,
+        accumulate_weight_grad=accumulate, rounds_to=options.rounds_to(targets.device.type),
+    )  # fmt: skip
     return Call(head, inputs, make_plan(head, options, _wanted(inputs.objective)), where)
 
 
@@ -202,7 +205,7 @@ class _LinearPolicyLoss(torch.autograd.Function):
         *tensors, call, grad_enabled = arguments
         needs = [grad_enabled and need for need in ctx.needs_input_grad[: len(tensors)]]
         loss, stats, grads = evaluate(call, needs)
-        ctx.grads, ctx.weight, ctx.weight_grad = grads.finish(), call.head.weight, grads.weight_grad
+        ctx.grads, ctx.weight, ctx.weight_grad = grads.finish(), tensors[1], grads.weight_grad
         ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in tensors]
         ctx.mark_non_differentiable(stats.logps, *([] if stats.entropy is None else [stats.entropy]))
         return loss, stats.logps, stats.entropy

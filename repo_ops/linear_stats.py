@@ -91,7 +91,10 @@ def head_stats(
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """[L] log-probabilities and entropies (attached), sum p^2 and argmax hits of the live tokens of `where`."""
     accumulate = options.accumulate_weight_grad
-    head = head_inputs(hidden, weight, targets, where, settings, accumulate_weight_grad=accumulate)
+    head = head_inputs(
+        hidden, weight, targets, where, settings,
+        accumulate_weight_grad=accumulate, rounds_to=options.rounds_to(targets.device.type),
+    )  # fmt: skip
     plan = make_plan(head, options, wanted)
     if support_ids is not None:
         return support.statistics(head, support_ids, where, plan, wanted)

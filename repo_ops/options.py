@@ -11,6 +11,7 @@ Backend = Literal["auto", "torch", "triton"]
 
 MIB = 1 << 20
 LOGITS_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+OPERAND_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,12 @@ class Options:
     tokens needs. Smaller tiles make the weight gradient, which each adds to, bound by memory bandwidth. Gradients of a
     16-bit weight are summed in float32, which takes 4 V D bytes beside the 2 V D of the result. Where less than 192
     rows fit, a sweep without gradient (old and reference log-probabilities) keeps its logits in registers on a GPU."""
+
+    operand_dtype: torch.dtype | None = None
+    """Precision to which operands of the products (hidden states, head, adapter) are rounded where theirs is higher;
+    logits, sums and gradients stay in float32. None: that of torch.autocast where it is on, as in any linear layer.
+    torch.float32 keeps a float32 head exact under autocast. Rounded copies take 2 (V + N) D bytes beyond the budget;
+    float64 is never rounded."""
 
     logits_dtype: torch.dtype | None = None
     """Precision in which a tile of logits is stored before the softmax. None: float32 (float64 for float64 inputs). The
@@ -63,6 +70,17 @@ class Options:
                 raise TypeError(f"options.{name}: expected True or False, got {getattr(self, name)!r}")
         if self.logits_dtype is not None and self.logits_dtype not in LOGITS_DTYPES:
             raise ValueError(f"options.logits_dtype: expected a floating dtype or None, got {self.logits_dtype}")
+        if self.operand_dtype is not None and self.operand_dtype not in OPERAND_DTYPES:
+            raise ValueError(
+                "options.operand_dtype: expected torch.float32, torch.bfloat16, torch.float16 or None, "
+                f"got {self.operand_dtype}"
+            )
+
+    def rounds_to(self, device: str) -> torch.dtype | None:
+        """`operand_dtype`, or that of autocast where it is on for this type of device now."""
+        if self.operand_dtype is None and torch.amp.is_autocast_available(device):
+            return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        return self.operand_dtype
 
 
 def as_options(options: Options | None) -> Options:

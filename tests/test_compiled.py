@@ -142,6 +142,35 @@ def test_through_inductor_and_without_grad(tensors):
     torch.testing.assert_close(loss, step(tensors, targets, advantages, mask)[0].detach())
 
 
+@pytest.mark.parametrize("where", ["inside", "around"])
+@pytest.mark.parametrize("loss", [False, True])
+def test_autocast_rounds_operands_in_a_graph_too(tensors, where, loss):
+    targets, mask = inputs()
+    advantages = torch.tensor([1.0, 0.0, -2.0])
+
+    def step(t, targets, advantages, mask):
+        if loss:
+            out = linear_policy_loss(t["hidden"], t["weight"], targets, advantages, mask=mask)
+            return [out.loss, out.logps]
+        return [linear_logps(t["hidden"], t["weight"], targets, mask=mask).logps]
+
+    def inside(*arguments):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return step(*arguments)
+
+    found = []
+    for f in (inside, compiled(inside if where == "inside" else step)):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=where == "around"):
+            values = f(tensors, targets, advantages, mask)
+        grads = torch.autograd.grad(values[0].sum(), [tensors["hidden"], tensors["weight"]])
+        found.append([*(v.detach() for v in values), *grads])
+    for eager, traced in zip(*found, strict=True):
+        assert traced.dtype == torch.float32
+        torch.testing.assert_close(traced, eager, rtol=0, atol=0, equal_nan=True)
+    exact = linear_logps(tensors["hidden"], tensors["weight"], targets, mask=mask).logps
+    assert 1e-4 < (found[0][-3] - exact).abs().nan_to_num().max() < 0.1
+
+
 def test_gradient_scaler_in_float16_loses_nothing():
     torch.manual_seed(0)
     hidden, weight = (torch.randn(s, dtype=torch.float16, requires_grad=True) for s in ((1, 4, D), (V, D)))

@@ -257,6 +257,7 @@ OPTIONS = [
     ({"memory_budget": "1GiB"}, TypeError, "options.memory_budget: expected"),
     ({"memory_budget": 1e9}, TypeError, "options.memory_budget: expected"),
     ({"logits_dtype": "bf16"}, ValueError, "options.logits_dtype: expected a floating dtype or None, got bf16"),
+    ({"operand_dtype": torch.float64}, ValueError, "options.operand_dtype: expected .*got torch.float64"),
     (
         {"logits_dtype": torch.int8},
         ValueError,

@@ -8,7 +8,7 @@ import torch
 from test_causal_lm import MODELS, build
 from transformers import AutoModelForCausalLM
 
-from repo_ops import get_objective, patch_causal_lm, policy_loss
+from repo_ops import Options, get_objective, patch_causal_lm, policy_loss
 
 
 def batch():
@@ -118,14 +118,18 @@ def test_lora_through_peft(target):
     undo()
 
 
-def test_under_autocast_the_head_is_exact():
+@pytest.mark.parametrize("options", [None, Options(operand_dtype=torch.float32)])
+def test_under_autocast_logits_stay_float32_and_operands_may(options):
     model, (ids, labels) = build("llama"), batch()
-    undo = patch_causal_lm(model)
+    undo = patch_causal_lm(model, options=options)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         out = model(ids, labels=labels)
         undo()
         hidden = model.model(ids).last_hidden_state
-    close(out.logps, truth(hidden.float() @ model.lm_head.weight.T, labels)[0], 1e-3)
+    operands = [hidden, model.lm_head.weight]
+    if options is None:
+        operands = [x.bfloat16() for x in operands]
+    close(out.logps, truth(operands[0].float() @ operands[1].float().T, labels)[0], 1e-5)
 
 
 def test_a_router_loss_is_passed_on():

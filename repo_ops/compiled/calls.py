@@ -20,9 +20,14 @@ _PLACES: dict[Hashable, int] = {}
 
 
 @torch.compiler.assume_constant_result
-def kept(*values: Any) -> int:
-    """The place of the Constants of these values (Dynamo gives a named tuple's values back, not its type)."""
+def kept(device: str, *values: Any) -> int:
+    """The place of the Constants of these values (Dynamo gives a named tuple's values back, not its type).
+
+    `device`: type of the device. What autocast does there is written into the options, since graphs run without it.
+    """
     constants = Constants(*values)
+    options = dataclasses.replace(constants.options, operand_dtype=constants.options.rounds_to(device))
+    constants = constants._replace(options=options)
     objective = constants.objective
     if isinstance(objective, str):
         objective = as_objective(objective)

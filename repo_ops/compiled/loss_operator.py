@@ -41,8 +41,8 @@ def linear_policy_loss(
     if isinstance(objective, FunctionType):
         id(objective)  # Dynamo then guards on it; otherwise on its code alone, which closures share
     call = kept(
-        arguments.softcap, arguments.logit_scale, arguments.options, is_number, (), objective, tuple(extras), counted,
-        are_numbers,
+        hidden.device.type, arguments.softcap, arguments.logit_scale, arguments.options, is_number, (), objective,
+        tuple(extras), counted, are_numbers,
     )  # fmt: skip
     needs = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in (hidden, weight, *others[:3])]
     values = [given[name] for name in GIVEN]

@@ -24,8 +24,9 @@ def linear_stats(
     """What `repo_ops.linear_stats` returns, as nodes of the graph that is being traced."""
     others, is_number = arguments.tensors(), not isinstance(arguments.temperature, Tensor)
     call = kept(
-        arguments.softcap, arguments.logit_scale, arguments.options, is_number, (wanted[0], wanted[1], wanted[2])
-    )
+        hidden.device.type, arguments.softcap, arguments.logit_scale, arguments.options, is_number,
+        (wanted[0], wanted[1], wanted[2]),
+    )  # fmt: skip
     logps, *found = _Stats.apply(hidden, weight, *others, targets, call)
     entropy, sum_p2, is_argmax = (values if want else None for values, want in zip(found, wanted, strict=True))
     return logps, entropy, sum_p2, is_argmax
@@ -67,7 +68,8 @@ def _stats(
     constants = constants_of(call)
     mask, support_ids = others[4:]
     where = layout(targets, mask, None)
-    head = head_inputs(hidden, weight, targets, where, constants.settings(others))
+    rounds_to = constants.options.operand_dtype
+    head = head_inputs(hidden, weight, targets, where, constants.settings(others), rounds_to=rounds_to)
     wanted = Wanted(*constants.wanted)
     plan = make_plan(head, constants.options, wanted)
     if support_ids is None:
@@ -119,7 +121,8 @@ def _stats_backward(
     arriving = [None if d is None or not d.numel() else where.take(d) for d in (dlogps, dentropy)]
     d_logps, d_entropy = arriving
     if support_ids is None:
-        head = head_inputs(hidden, weight, targets, where, constants.settings(others))
+        rounds_to = constants.options.operand_dtype
+        head = head_inputs(hidden, weight, targets, where, constants.settings(others), rounds_to=rounds_to)
         plan = make_plan(head, constants.options, Wanted(*constants.wanted))
         logps, row_max, log_sum, entropy = (where.take(s) if s.numel() else None for s in stats)
         assert logps is not None

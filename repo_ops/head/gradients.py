@@ -22,7 +22,9 @@ class ProductGradients:
     need_weight: bool
     every_row_is_written: bool
     accumulation_dtype: torch.dtype
-    late: frozenset[torch.dtype]
+    hidden_dtype: torch.dtype
+    """Of the gradients that are handed over, like that of the weight's."""
+    weight_dtype: torch.dtype
     weight_grad: Tensor | None = None
     """The weight's existing .grad, which is added to; None: a new tensor is handed over."""
     hidden: Tensor | None = field(default=None, init=False)
@@ -33,7 +35,7 @@ class ProductGradients:
         hidden = self.product.hidden
         if self.need_hidden:
             new = torch.empty_like if self.every_row_is_written else torch.zeros_like
-            self.hidden = new(hidden, dtype=self._result_dtype(hidden), memory_format=torch.contiguous_format)
+            self.hidden = new(hidden, dtype=self.hidden_dtype, memory_format=torch.contiguous_format)
         self.weight = self.weight_grad
 
     def add(
@@ -61,7 +63,7 @@ class ProductGradients:
 
     def _add_weight(self, dlogits: Tensor, hidden: Tensor, only: bool) -> None:
         weight, first = self.product.weight, self.weight is None
-        same = dlogits.dtype == hidden.dtype == weight.dtype == self._result_dtype(weight)
+        same = dlogits.dtype == hidden.dtype == weight.dtype == self.weight_dtype
         if only and first and same and gemm.multiplies(weight.dtype, weight.device):
             # the result itself, accumulated inside and rounded once
             self.weight = torch.mm(dlogits.t(), hidden, out=self._new_weight(weight.dtype))
@@ -74,16 +76,13 @@ class ProductGradients:
         return torch.empty_like(self.product.weight, dtype=dtype, memory_format=torch.contiguous_format)
 
     def finish(self) -> tuple[Tensor | None, Tensor | None]:
-        """(dhidden, dweight) in the dtypes of their tensors."""
+        """(dhidden, dweight) in their dtypes."""
         weight = self.product.weight
         if not self.need_weight or self.weight_grad is not None:
             return self.hidden, None
         if self.weight is None:
-            return self.hidden, torch.zeros_like(weight, dtype=self._result_dtype(weight))
-        return self.hidden, self.weight.to(self._result_dtype(weight))
-
-    def _result_dtype(self, tensor: Tensor) -> torch.dtype:
-        return result_dtype(tensor, self.accumulation_dtype, self.late)
+            return self.hidden, torch.zeros_like(weight, dtype=self.weight_dtype)
+        return self.hidden, self.weight.to(self.weight_dtype)
 
 
 FLOAT16 = frozenset({torch.float16})
@@ -115,22 +114,23 @@ class Gradients:
         """`needs`: for hidden, weight, bias, adapter hidden, adapter weight, as in `HeadInputs.tensors`.
 
         Gradients of tensors of the dtypes `late` stay in float32, for the caller to round: of float16 where a gradient
-        scaler multiplies them later, as they would underflow; of copies that autocast made. `scale` (0-d, a power of
-        two) multiplies them on the way and is taken out at the end: what float16 operands of the gradient GEMMs need
-        for the same reason.
+        scaler multiplies them later, as they would underflow. `scale` (0-d, a power of two) multiplies them on the way
+        and is taken out at the end: what float16 operands of the gradient GEMMs need for the same reason.
         """
         self.scale = scale
         self.head = head
-        self.late = late
         self.wanted = any(needs)
-        self.weight_grad = _weight_grad(head.weight) if head.accumulates and needs[1] else None
-        pairs = zip(head.products, [needs[:2], needs[3:]], [self.weight_grad, None], strict=False)
+        exact, leaves = head.exact_dtype, head.tensors
+        self.dtypes = [exact if leaf is None else result_dtype(leaf, exact, late) for leaf in leaves]
+        weight = leaves[1]
+        self.weight_grad = _weight_grad(weight) if weight is not None and head.accumulates and needs[1] else None
         self.products = [
-            ProductGradients(product, need[0], need[1], head.rows is None, head.exact_dtype, late, grad)
-            for product, need, grad in pairs
+            ProductGradients(
+                product, needs[at], needs[at + 1], head.rows is None, exact, self.dtypes[at], self.dtypes[at + 1], grad
+            )
+            for product, at, grad in zip(head.products, (0, 3), (self.weight_grad, None), strict=False)
         ]
-        bias = needs[2]
-        self.bias = torch.zeros_like(head.bias, dtype=head.exact_dtype) if bias and head.bias is not None else None
+        self.bias = torch.zeros_like(head.bias, dtype=exact) if needs[2] and head.bias is not None else None
 
     def add(self, chunk: slice, live: Tensor | None, grads: RowGrads) -> None:
         """Add a tile's share; `live` [C'] are the rows of the chunk that the tile still holds, None for all."""
@@ -152,9 +152,7 @@ class Gradients:
     def finish(self) -> list[Tensor | None]:
         """Gradients in the order of `HeadInputs.tensors`, in the dtypes of their tensors but for late rounding."""
         (hidden, weight), *adapter = [gradients.finish() for gradients in self.products]
-        bias = self.bias
-        if bias is not None and self.head.bias is not None:
-            bias = bias.to(result_dtype(self.head.bias, bias.dtype, self.late))
+        bias = None if self.bias is None else self.bias.to(self.dtypes[2])
         found = [hidden, weight, bias, *(adapter[0] if adapter else (None, None))]
         return found if self.scale is None else [None if grad is None else grad.div_(self.scale) for grad in found]
 

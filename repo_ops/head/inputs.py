@@ -53,6 +53,8 @@ class HeadInputs:
     """V, or that of the largest shard, so that all ranks of a tp_group cut the same chunks."""
     accumulates: bool = False
     """Whether the gradient of `weight` is added to weight.grad as it is formed, instead of being handed over."""
+    leaves: tuple[Tensor | None, ...] | None = None
+    """Where operands are rounded copies: what gradients flow to instead, in the order of `tensors`."""
 
     @property
     def products(self) -> list[Product]:
@@ -62,7 +64,7 @@ class HeadInputs:
     @property
     def tensors(self) -> list[Tensor | None]:
         """What gradients may flow to: hidden, weight, bias, adapter hidden, adapter weight."""
-        return [self.hidden, self.weight, self.bias, *(self.adapter or (None, None))]
+        return list(self.leaves or (self.hidden, self.weight, self.bias, *(self.adapter or (None, None))))
 
     @property
     def num_rows(self) -> int:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from repo_ops.causal_lm import find_head
 from repo_ops.linear_logps import linear_logps
+from repo_ops.options import Options, as_options
 
 __all__ = ["patch_causal_lm"]
 
@@ -23,7 +24,7 @@ ADDED = ("labels", "shift_labels", "temperature")
 _PATCH, _WANTED = "_repo_ops_patch", "_repo_ops_wanted"
 
 
-def patch_causal_lm(model: Any) -> Callable[[], None]:
+def patch_causal_lm(model: Any, *, options: Options | None = None) -> Callable[[], None]:
     """A function that undoes the patch; until then model(input_ids, labels=labels) returns logps and no logits.
 
     With `labels` [B, T] (as ever: labels[:, t] is the token at t, -100 is not scored) the output has logps[:, t] and
@@ -35,6 +36,7 @@ def patch_causal_lm(model: Any) -> Callable[[], None]:
 
     The head runs inside its own module's forward: any FSDP2 wrapping (a unit of its own too), LoRA on the head, bias,
     softcap and logit scale are what they are in the model. Patch before wrapping; a PeftModel's base model is patched.
+    `options` are the head's: backend, memory budget and precision (see repo_ops.Options).
 
     Raises:
         TypeError, ValueError: no head was found, or one that is not known (see find_head).
@@ -47,7 +49,7 @@ def patch_causal_lm(model: Any) -> Callable[[], None]:
         raise RuntimeError("model: its forward is patched already; call the function that the first patch returned")
     find_head(base)
     head = base.get_output_embeddings()
-    patch = _Patch(_instance_forward(base), _instance_forward(head))
+    patch = _Patch(_instance_forward(base), _instance_forward(head), as_options(options))
     base.__dict__[_PATCH] = patch
     _set_forward(base, _model_forward, base.forward)
     _set_forward(head, _head_forward, head.forward)
@@ -75,10 +77,11 @@ def patch_causal_lm(model: Any) -> Callable[[], None]:
 
 @dataclasses.dataclass(frozen=True)
 class _Patch:
-    """The forwards that the instances had of their own, None where that of the class is in use."""
+    """The forwards that the instances had of their own (None: that of the class is in use), and the head's options."""
 
     model_forward: Any
     head_forward: Any
+    options: Options
 
 
 @dataclasses.dataclass
@@ -89,6 +92,7 @@ class _Wanted:
     targets: Tensor
     """[B, T], position t predicts targets[:, t]."""
     temperature: float | Tensor
+    options: Options
     found: Tensor | None = None
     """[B, T, 2], log-probability and entropy."""
 
@@ -144,7 +148,8 @@ def _model_forward(
     if shift_labels is None and isinstance(temperature, Tensor) and temperature.shape == targets.shape:
         temperature = torch.cat([temperature[:, 1:], temperature[:, -1:]], 1)
     head = self.get_output_embeddings()
-    wanted = _Wanted(lambda hidden: find_head(self).arguments(hidden), targets, temperature)
+    options = self.__dict__[_PATCH].options
+    wanted = _Wanted(lambda hidden: find_head(self).arguments(hidden), targets, temperature, options)
     head.__dict__[_WANTED] = wanted
     try:
         outputs = inner(*args, **{**kwargs, "return_dict": True})
@@ -180,6 +185,7 @@ def _head_forward(self: Any, inner: Callable[..., Any], hidden: Tensor, *args: A
         mask=mask,
         with_entropy=True,
         temperature=wanted.temperature,
+        options=wanted.options,
         **wanted.find_arguments(hidden),
     )
     assert found.entropy is not None

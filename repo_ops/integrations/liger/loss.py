@@ -7,7 +7,15 @@ from torch import Tensor
 
 from repo_ops.arguments import check_shape
 from repo_ops.integrations.liger.settings import Settings
-from repo_ops.integrations.liger.step import Step, constant, live_tokens, num_items_of, reference_logps, sampler_ratio
+from repo_ops.integrations.liger.step import (
+    Step,
+    constant,
+    live_tokens,
+    num_items_of,
+    options_for,
+    reference_logps,
+    sampler_ratio,
+)
 from repo_ops.integrations.liger.terms import loss_and_logps, metrics_of
 from repo_ops.options import Options
 
@@ -59,20 +67,22 @@ class LigerFusedLinearGRPOFunction:
         )  # fmt: skip
         mask = live_tokens(attention_mask, selected_token_ids)
         check_shape("advantages", advantages, (len(mask),), "the sequences")
-        head = {"temperature": float(temperature), "options": options}
+        ref_logps = None
+        if use_ref_model:
+            ref_head = (ref_input, ref_weight, ref_bias)
+            ref_logps = reference_logps(
+                settings, ref_per_token_logps, ref_head, selected_token_ids, mask, float(temperature), options
+            )
         step = Step(
             mask,
             advantages.detach().to(torch.float32),
-            reference_logps(
-                settings, ref_per_token_logps, (ref_input, ref_weight, ref_bias), selected_token_ids, mask, head
-            )
-            if use_ref_model
-            else None,
+            ref_logps,
             constant(old_per_token_logps),
             None if vllm_is_ratio is None else sampler_ratio(vllm_is_ratio.detach(), mask),
             num_items_of(settings, mask, num_items_in_batch),
         )
-        loss, logps = loss_and_logps(settings, step, _input, weight, selected_token_ids, {"bias": bias, **head})
+        head = {"bias": bias, "temperature": float(temperature), "options": options_for(_input, options)}
+        loss, logps = loss_and_logps(settings, step, _input, weight, selected_token_ids, head)
         return loss.to(torch.float32), tuple(metric.to(torch.float32) for metric in metrics_of(settings, step, logps))
 
 
@@ -92,8 +102,8 @@ class LigerFusedLinearGRPOLoss(torch.nn.Module):
         importance_sampling_level: "token", or "sequence" (GSPO; not for cispo, sapo, vespo).
         sapo_temperature_pos, sapo_temperature_neg, vespo_*: of the loss types they name. temperature: divides logits.
         delta: upper bound on the ratio for negative advantages. use_bias_correction_kl: multiply the KL by the ratio.
-        options: not Liger's: how the head is computed. `Options(logits_dtype=torch.bfloat16)` rounds logits of bfloat16
-            inputs as Liger does; None: they stay float32.
+        options: not Liger's: how the head is computed. None: logits of 16-bit products are rounded to 16 bits, as by
+            Liger. `Options()` leaves them in float32, exact.
     """
 
     def __init__(

@@ -13,6 +13,7 @@ from torch import Tensor
 from repo_ops.arguments import check_shape, check_values
 from repo_ops.integrations.liger.settings import COUNTED_OVER_RANKS, Settings
 from repo_ops.linear_logps import linear_logps
+from repo_ops.options import Options
 from repo_ops.reduce import NumItems
 
 
@@ -52,13 +53,23 @@ def constant(logps: Tensor | None) -> Tensor | None:
     return None if logps is None else logps.detach().to(torch.float32)
 
 
+def options_for(hidden: Tensor, options: Options | None) -> Options:
+    """`options`, or for None what rounds logits as Liger does: to the dtype of 16-bit products."""
+    if options is not None:
+        return options
+    under_autocast = None if hidden.dtype == torch.float64 else Options().rounds_to(hidden.device.type)
+    product = under_autocast or hidden.dtype
+    return Options(logits_dtype=product if product.itemsize == 2 else None)
+
+
 def reference_logps(
     settings: Settings,
     given: Tensor | None,
     head: tuple[Tensor | None, Tensor | None, Tensor | None],
     ids: Tensor,
     mask: Tensor,
-    arguments: dict[str, Any],
+    temperature: float,
+    options: Options | None,
 ) -> Tensor | None:
     """[B, T] log-probabilities of the reference, from `given` or from its head; None where nothing reads them."""
     hidden, weight, bias = head
@@ -74,8 +85,9 @@ def reference_logps(
     if hidden is None or weight is None:
         raise ValueError("ref_weight: expected the head [V, H] of the reference beside ref_input, got None")
     mask_given = None if settings.loss_type == "luspo" else mask
+    how: dict[str, Any] = {"temperature": temperature, "options": options_for(hidden, options)}
     with torch.no_grad():
-        return linear_logps(hidden, weight, ids, bias=bias, mask=mask_given, **arguments).logps
+        return linear_logps(hidden, weight, ids, bias=bias, mask=mask_given, **how).logps
 
 
 def sampler_ratio(ratio: Tensor, mask: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ the scored rows alone (on a CPU TRL would compute masked rows too and throw them
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import warnings
 from dataclasses import dataclass
@@ -69,12 +70,14 @@ class Installed:
         if unknown := set(outputs) - OUTPUTS:
             raise ValueError(f"outputs: expected some of {sorted(OUTPUTS)}, got {sorted(unknown)}; update repo-ops")
         _check_whole(weight)
+        options = as_options(self.options)
         call = _Call(
             self,
             HeadSettings(None, temperature, final_logit_softcapping, logit_scale),
             Wanted("entropy" in outputs, "log_sum_sq_probs" in outputs, "is_top1" in outputs),
             "mean_logits" in outputs,
-            _compute_dtype(hidden),
+            options,
+            options.rounds_to(hidden.device.type) or hidden.dtype,
         )
         return _Statistics.apply(hidden, weight, bias, targets, call)
 
@@ -158,11 +161,6 @@ def _check_whole(weight: Tensor) -> None:
         )
 
 
-def _compute_dtype(hidden: Tensor) -> torch.dtype:
-    kind = hidden.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
-
-
 @dataclass(frozen=True, eq=False)
 class _Call:
     """One use of the head, without its tensors."""
@@ -171,18 +169,14 @@ class _Call:
     settings: HeadSettings
     wanted: Wanted
     mean_logits: bool
-    dtype: torch.dtype
+    options: Options
+    rounds_to: torch.dtype
 
     def head(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> HeadInputs:
         """The head over its rows; made anew in the backward, so that no copy of the weight waits for it."""
-        settings = HeadSettings(
-            None if bias is None else bias.to(self.dtype),
-            self.settings.temperature,
-            self.settings.softcap,
-            self.settings.logit_scale,
-        )
-        operands = hidden.to(self.dtype), weight.to(self.dtype)
-        return head_inputs(*operands, targets, layout(targets, None, None), settings)
+        settings = dataclasses.replace(self.settings, bias=bias)
+        where = layout(targets, None, None)
+        return head_inputs(hidden, weight, targets, where, settings, rounds_to=self.rounds_to)
 
 
 class _Statistics(torch.autograd.Function):
@@ -193,7 +187,7 @@ class _Statistics(torch.autograd.Function):
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, call: _Call
     ) -> tuple[Tensor | None, ...]:
         head = call.head(hidden, weight, bias, targets)
-        plan = make_plan(head, as_options(call.installed.options), call.wanted)
+        plan = make_plan(head, call.options, call.wanted)
         with gemm.without_autocast(hidden):
             stats = sweep.statistics(head, plan, wanted=call.wanted)
             mean_logits = _mean_logits(head) if call.mean_logits else None
@@ -217,16 +211,12 @@ class _Statistics(torch.autograd.Function):
         # ZeRO-3 has taken the weight apart again since the forward
         with maybe_gather_lm_head_ctx(weight, bias), gemm.without_autocast(hidden):
             head = call.head(hidden, weight, bias, targets)
-            copies = {t.dtype for t in (hidden, weight)} != {call.dtype}
-            # under autocast sums stay in float32: the products' own dtype would round them
-            late = frozenset({call.dtype}) if copies else frozenset()
-            grads = Gradients(head, [*ctx.needs_input_grad[:3], False, False], late=late)
-            plan = make_plan(head, as_options(call.installed.options), call.wanted)
+            grads = Gradients(head, [*ctx.needs_input_grad[:3], False, False])
+            plan = make_plan(head, call.options, call.wanted)
             dlogps = torch.zeros_like(found.logps) if dlogps is None else dlogps
             sweep.gradients(head, plan, found, dlogps, dentropy, grads)
         call.installed.backwards += 1
-        pairs = zip(grads.finish(), (hidden, weight, bias), strict=False)
-        return (*(g if g is None or t is None else g.to(t.dtype) for g, t in pairs), None, None)
+        return (*grads.finish()[:3], None, None)
 
 
 def _mean_logits(head: HeadInputs) -> Tensor:
