@@ -11,7 +11,7 @@ from torch import Tensor
 
 from repo_ops.arguments import Layout, check_device, check_float, check_number, check_shape, check_values
 from repo_ops.head import shards
-from repo_ops.head.inputs import HeadInputs, Product, exact_dtype
+from repo_ops.head.inputs import HeadInputs, Product, exact_dtype, rounded
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,9 +80,8 @@ def head_inputs(
     hidden = hidden.reshape(-1, hidden.shape[-1])
     leaves = (hidden, weight, settings.bias, *(adapter or (None, None)))
     accumulates = accumulate_weight_grad and _accumulates(weight)
-    if rounds_to is not None and exact_dtype(*leaves) == torch.float32:
-        hidden, weight = _rounded(hidden, rounds_to), _rounded(weight, rounds_to)
-        adapter = None if adapter is None else Product(*(_rounded(x, rounds_to) for x in adapter))
+    hidden, weight, *pair = rounded(rounds_to, hidden, weight, *(adapter or ()))
+    adapter = Product(*pair) if pair else None
     return HeadInputs(
         hidden,
         weight,
@@ -99,11 +98,6 @@ def head_inputs(
         accumulates,
         leaves,
     )
-
-
-def _rounded(operand: Tensor, dtype: torch.dtype) -> Tensor:
-    is_wider = operand.dtype != dtype and operand.dtype.itemsize >= dtype.itemsize
-    return operand.detach().to(dtype) if is_wider else operand
 
 
 def _accumulates(weight: Tensor) -> bool:

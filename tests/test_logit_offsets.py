@@ -36,6 +36,18 @@ def test_equals_the_whole_row(monkeypatch, budget):
     )
 
 
+@pytest.mark.parametrize("asked_by", ["autocast", "argument"])
+def test_operands_are_rounded_as_those_of_the_head(asked_by):
+    hidden, weight, _, targets = (x.float() if x.is_floating_point() else x for x in _head())
+    ids, given = torch.randint(V, (*SHAPE, K)), torch.bfloat16 if asked_by == "argument" else None
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=asked_by == "autocast"):
+        found = logit_offsets(hidden, weight, targets, ids, operand_dtype=given)
+        options = repo_ops.Options(operand_dtype=given)
+        logps = repo_ops.linear_logps(hidden, weight, targets, options=options).logps
+    every = torch.log_softmax(hidden.bfloat16().double() @ weight.bfloat16().double().t(), -1)
+    torch.testing.assert_close((found + logps[..., None]).double(), every.gather(-1, ids), rtol=0, atol=1e-5)
+
+
 def test_shapes_are_checked():
     hidden, weight, _, targets = _head()
     with pytest.raises(ValueError, match="ids: expected shape"):

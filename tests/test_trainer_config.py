@@ -60,6 +60,10 @@ def refused(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> str:
         (["--lora_alpha", "8"], "lora_alpha: expected nothing without lora_rank, got 8.0; add --lora_rank"),
         (["--sample_steps", "0", "--sample_rows", "9"], "sample_rows: expected nothing without sample_steps, got 9"),
         (["--project", "mine"], "project: expected nothing without report_to, got 'mine'; add --report_to"),
+        (
+            ["--autocast", "false", "--head_autocast", "true"],
+            "head_autocast: expected nothing without autocast, got True; add --autocast",
+        ),
         (["--save_steps", "null", "--keep_last", "3"], "keep_last: expected nothing without checkpoints, got 3"),
         (
             ["--eval_steps", "5", "--heldout_size", "0"],

@@ -21,6 +21,7 @@ from repo_ops.trainer.footprint import (
     activation_bytes,
     cache_bytes,
     flops_of_step,
+    head_bytes,
     memory_at_rest,
     parts_at_peak,
 )
@@ -121,6 +122,13 @@ def test_what_each_rank_holds_by_hand() -> None:
     adapted = replace(config, replicas=1, lora_rank=2)
     frozen = parts_at_peak(Workload(adapted, [5, 3], 4), SHAPE, CPU).generating["weights in bfloat16"]
     assert frozen == 2 * 3 * 2 * (2 * (48 + 48) + 2 * (48 + 24) + 3 * (48 + 80))  # autocast keeps trained ones alone
+
+
+def test_a_head_that_rounds_its_operands_holds_copies() -> None:
+    plain = replace(WORK, config=replace(CONFIG, autocast=True))
+    rounds = replace(WORK, config=replace(CONFIG, autocast=True, head_autocast=True))
+    states = WORK.rows * WORK.row
+    assert head_bytes(rounds, SHAPE, CPU) - head_bytes(plain, SHAPE, CPU) == 2 * 48 * (97 + states)
 
 
 class Copies(TorchDispatchMode):

@@ -253,6 +253,27 @@ def test_autocast_computes_layers_in_bfloat16_and_keeps_float32_weights_and_grad
         assert (gradient - exact[1][name]).norm() < 0.1 * exact[1][name].norm(), name
 
 
+@pytest.mark.parametrize("objective", ["repo", "dppo_topk"])
+def test_the_heads_operands_may_be_bfloat16(objective) -> None:
+    model = small_model()
+    rounded = copy.deepcopy(model)
+    sequences = batch() if objective == "repo" else [with_top_logps(model, s, 1.0) for s in batch() if not s.off_policy]
+    kind = {} if objective == "repo" else {"behaviour": "sampler_logps", "delta_low": 1e-3, "delta_high": 1e-3}
+    learners = [
+        Learner(each, repo_ops.get_objective(objective, **kind), head_dtype=dtype)
+        for each, dtype in ((model, None), (rounded, torch.bfloat16))
+    ]
+    (loss, exact), (rough_loss, rough) = (run_backward(learner, sequences) for learner in learners)
+    assert 0 < abs(rough_loss - loss) < 0.01
+    for name, gradient in rough.items():
+        assert gradient.dtype == torch.float32
+        assert 1e-5 < (gradient - exact[name]).norm() / exact[name].norm() < 0.02, name
+    if objective == "dppo_topk":  # the sampler's head was float32; the learner's two sides are of one head
+        metrics = learners[1].step(sequences, lr=0.0)
+        assert 0 < metrics["sampler_gap_abs"] < 0.02
+        assert metrics["divergence"] < 2e-3
+
+
 class Judged(Objective):
     requires = ("a_judge",)
 

@@ -4,10 +4,12 @@ import json
 from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 
+import repo_ops
 from repo_ops.cli import main
 from repo_ops.head import gemm
 from repo_ops.trainer.config import TrainConfig
@@ -19,7 +21,7 @@ from repo_ops.trainer.loop import train
 from repo_ops.trainer.models import load_model
 from repo_ops.trainer.rollout import Completion, encode_prompts
 from repo_ops.trainer.rollout.hf import HFGenerate
-from repo_ops.trainer.run import Run, prepare
+from repo_ops.trainer.run import Run, precision_notes, prepare
 from repo_ops.trainer.tasks import Example
 
 # 4 of 8 prompts a step: they come round at step 3, so that 4 steps are enough for a replay of every prompt
@@ -445,3 +447,21 @@ def test_bfloat16_layers_on_a_processor_without_its_products_are_said_to_be_slow
     slow = "bfloat16 products run in slow loops on this processor, which has none: --autocast false --dtype float32"
     assert (slow in prepared(tmp_path / "a", autocast=True).notes) is not fast
     assert slow not in prepared(tmp_path / "b", autocast=False).notes
+
+
+def test_a_float32_head_on_a_gpu_is_said_to_be_slow() -> None:
+    gpu, said = torch.device("cuda"), "the head multiplies in float32, at a tenth of a GPU's speed in bfloat16"
+    assert [note.split(":")[0] for note in precision_notes(TrainConfig(), gpu)] == [said]
+    for settings in ({"head_autocast": True}, {"autocast": False}, {"dtype": "bfloat16"}):
+        assert precision_notes(TrainConfig(**settings), gpu) == []
+
+
+def test_a_run_whose_head_rounds_its_operands(tmp_path) -> None:
+    run = prepared(tmp_path, steps=2, lr=1e-3, autocast=True, head_autocast=True)
+    assert any(note.endswith("the learner computes its layers in bfloat16, its head too") for note in run.notes)
+    seen, loss = [], repo_ops.linear_policy_loss
+    with mock.patch.object(
+        repo_ops, "linear_policy_loss", lambda *a, **k: seen.append(k["options"].operand_dtype) or loss(*a, **k)
+    ):
+        train(run)
+    assert set(seen) == {torch.bfloat16}

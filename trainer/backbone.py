@@ -33,12 +33,18 @@ class Backbone:
 
     Args:
         model: stays in eval mode (dropout would make packed and separate rows differ).
-        autocast: dtype the layers compute in (None: their own). The head computes in its weights' dtype either way.
+        autocast: dtype the layers compute in (None: their own).
+        head_dtype: what operands of the head's products are rounded to (None: its weights' dtype).
         device: where it computes (None: where its parameters are; offloaded ones are elsewhere).
     """
 
     def __init__(
-        self, model: PreTrainedModel, *, autocast: torch.dtype | None = None, device: torch.device | None = None
+        self,
+        model: PreTrainedModel,
+        *,
+        autocast: torch.dtype | None = None,
+        head_dtype: torch.dtype | None = None,
+        device: torch.device | None = None,
     ) -> None:
         self.model = model.eval()
         self.device = device or next(model.parameters()).device
@@ -48,10 +54,10 @@ class Backbone:
         # adapters are switched off and on, and a sharded model has other tensors inside each forward
         self._head = None if is_sharded(model) or has_lora(model) else find_head(model)
         # a sharded model may gather its layers in bfloat16 already: it must run as it will
-        self.autocast = autocast if is_sharded(model) else None
+        self.autocast, self.head_dtype = autocast if is_sharded(model) else None, None
         _compare_with_separate_rows(self)
         split_again(model)
-        self.autocast = autocast
+        self.autocast, self.head_dtype = autocast, head_dtype
 
     @property
     def head(self) -> CausalLMHead:
@@ -85,6 +91,7 @@ class Backbone:
         """Log-probability of each target of the micro-batch, [N]; over support_ids [N, K] as in `linear_logps`."""
         hidden, head = self.hidden(batch), self.head
         settings: dict[str, Any] = {"targets": batch.targets, "temperature": temperature, "support_ids": support_ids}
+        settings["options"] = repo_ops.Options(operand_dtype=self.head_dtype)
         return repo_ops.linear_logps(hidden, **settings, **head.arguments(hidden)).logps
 
     def precision(self) -> AbstractContextManager[Any]:

@@ -306,8 +306,9 @@ def _precision(config: TrainConfig, device: torch.device) -> AbstractContextMana
 
 
 def head_bytes(work: Workload, shape: PretrainedConfig, device: torch.device) -> int:
-    """Bytes that the fused head holds beyond hidden states and gradients: its tile; for 16-bit weights float32 sums.
+    """Bytes that the fused head holds beyond hidden states and gradients.
 
+    Its tile; for 16-bit weights float32 sums; with `head_autocast` rounded copies of weight and hidden states.
     A tile holds all completion tokens of the micro-batch, unless they are more than the default budget.
     """
     text = shape.get_text_config()
@@ -315,7 +316,9 @@ def head_bytes(work: Workload, shape: PretrainedConfig, device: torch.device) ->
     tile = row * work.rows * work.row
     limit = max(CPU_BUDGET, CPU_ROWS * row) if device.type == "cpu" else GPU_ROWS * row
     sums = 4 * text.vocab_size * text.hidden_size if work.config.dtype != "float32" else 0
-    return min(tile, limit) + sums
+    rounds = work.config.head_autocast and work.config.dtype == "float32"
+    copies = 2 * text.hidden_size * (text.vocab_size + work.rows * work.row) if rounds else 0
+    return min(tile, limit) + sums + copies
 
 
 def cache_bytes(work: Workload, shape: PretrainedConfig, device: torch.device) -> int:

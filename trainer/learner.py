@@ -83,6 +83,7 @@ class Learner:
         temperature: what the completions were sampled with; divides the logits.
         max_tokens: padded tokens of one forward and backward.
         autocast: dtype of the layers below the head (None: the weights' own).
+        head_dtype: what operands of the head's products are rounded to (None: they are not).
         recompute: layers keep their input alone and are computed again in the backward: less memory, the same numbers.
         ranks: who trains together; all of them make the same Learner from the same weights.
         replicas, cpu_offload: how the ranks share the model, see `shard`.
@@ -100,6 +101,7 @@ class Learner:
         temperature: float = 1.0,
         max_tokens: int = 4096,
         autocast: torch.dtype | None = None,
+        head_dtype: torch.dtype | None = None,
         betas: tuple[float, float] = (0.9, 0.999),
         weight_decay: float = 0.0,
         max_grad_norm: float = 1.0,
@@ -123,10 +125,11 @@ class Learner:
             frozen = copy.deepcopy(model).requires_grad_(False)
         if recompute:
             recompute_layers(model)
-        self.backbone = self._backbone(model, autocast, replicas, cpu_offload)
+        precision = {"autocast": autocast, "head_dtype": head_dtype}
+        self.backbone = self._backbone(model, precision, replicas, cpu_offload)
         self.reference: Backbone | None = None
         if "ref_logps" in objective.reads:
-            self.reference = self._backbone(frozen, autocast, replicas, cpu_offload) if frozen else self.backbone
+            self.reference = self._backbone(frozen, precision, replicas, cpu_offload) if frozen else self.backbone
         self.objective = objective
         self.policy_term = replace(objective, beta=0.0, entropy_coef=0.0)  # all that replayed sequences have
         self.off_policy_coef = off_policy_coef
@@ -144,11 +147,11 @@ class Learner:
         return self.reference not in (None, self.backbone)
 
     def _backbone(
-        self, model: PreTrainedModel, autocast: torch.dtype | None, replicas: int, cpu_offload: bool
+        self, model: PreTrainedModel, precision: dict[str, torch.dtype | None], replicas: int, cpu_offload: bool
     ) -> Backbone:
         if self.ranks.size > 1:
-            shard(model, self.ranks, compute=autocast, replicas=replicas, cpu_offload=cpu_offload)
-        return Backbone(model, autocast=autocast, device=self.ranks.device)
+            shard(model, self.ranks, compute=precision["autocast"], replicas=replicas, cpu_offload=cpu_offload)
+        return Backbone(model, **precision, device=self.ranks.device)
 
     def step(self, sequences: Sequence[ScoredSequence], *, lr: float) -> dict[str, float]:
         """Metrics of one optimizer step with learning rate `lr`; `sequences` is the whole step, the same on all ranks.
@@ -303,7 +306,10 @@ class Learner:
                 cu_seqlens=cu_seqlens,
                 temperature=self.temperature,
                 support_ids=kept_ids,
-                options=Options(accumulate_weight_grad=kept_ids is None and self._adds_to_head_gradient()),
+                options=Options(
+                    operand_dtype=self.backbone.head_dtype,
+                    accumulate_weight_grad=kept_ids is None and self._adds_to_head_gradient(),
+                ),
                 **self.backbone.head.arguments(predicting),
                 **(self._replayed(chosen, num_items) if replayed else {"num_items": self._on_policy(num_items)}),
             )
@@ -366,6 +372,7 @@ class Learner:
             temperature=self.temperature,
             softcap=head.softcap,
             logit_scale=head.logit_scale,
+            operand_dtype=self.backbone.head_dtype,
         )
         return {"topk_behaviour_logps": behaviour, "topk_offsets": offsets}
 

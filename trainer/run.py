@@ -136,6 +136,7 @@ def prepare(config: TrainConfig) -> Run:
         temperature=config.temperature,
         max_tokens=config.micro_batch_tokens,
         autocast=autocast,
+        head_dtype=torch.bfloat16 if config.head_autocast else None,
         betas=config.betas,
         weight_decay=config.weight_decay,
         max_grad_norm=config.max_grad_norm,
@@ -151,12 +152,10 @@ def prepare(config: TrainConfig) -> Run:
         engine = OverRanks(engine, ranks, samples_from=model if config.engine == "hf" else None)
     # of a large data set the first prompts stand for all; generation would refuse a longer one, too
     engine.check_prompts([e.prompt for e in (*task.heldout, *task.train[:1000])], max_new_tokens=max_new_tokens)
+    notes += precision_notes(config, ranks.device)
     layers = "bfloat16" if config.autocast else config.dtype
-    if layers == "bfloat16" and not gemm.multiplies(torch.bfloat16, ranks.device):
-        notes.append(
-            "bfloat16 products run in slow loops on this processor, which has none: --autocast false --dtype float32"
-        )
-    notes.append(f"completions from {engine.describe()}; the learner computes its layers in {layers}")
+    head = ", its head too" if config.head_autocast else ""
+    notes.append(f"completions from {engine.describe()}; the learner computes its layers in {layers}{head}")
     run = Run(
         config, folder, task, rewards, max_new_tokens, model, tokenizer, engine, learner, make_buffer(config), prompts
     )
@@ -164,6 +163,18 @@ def prepare(config: TrainConfig) -> Run:
     if checkpoint is not None:
         run.notes += restore(run, checkpoint)
     return run
+
+
+def precision_notes(config: TrainConfig, device: torch.device) -> list[str]:
+    """What a run on this device would be slow by."""
+    layers = "bfloat16" if config.autocast else config.dtype
+    if layers == "bfloat16" and not gemm.multiplies(torch.bfloat16, device):
+        return [
+            "bfloat16 products run in slow loops on this processor, which has none: --autocast false --dtype float32"
+        ]
+    if device.type != "cpu" and config.autocast and config.dtype == "float32" and not config.head_autocast:
+        return ["the head multiplies in float32, at a tenth of a GPU's speed in bfloat16: --head_autocast true"]
+    return []
 
 
 def _output_folder(name: str) -> Path:

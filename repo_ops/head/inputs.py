@@ -15,6 +15,13 @@ def exact_dtype(*values: Tensor) -> torch.dtype:
     return torch.float64 if any(getattr(v, "dtype", None) == torch.float64 for v in values) else torch.float32
 
 
+def rounded(dtype: torch.dtype | None, *operands: Tensor) -> list[Tensor]:
+    """`operands`, those of a higher precision than `dtype` as detached copies in it; float64 is left alone."""
+    if dtype is None or exact_dtype(*operands) == torch.float64:
+        return list(operands)
+    return [x if x.dtype == dtype or x.dtype.itemsize < dtype.itemsize else x.detach().to(dtype) for x in operands]
+
+
 class Product(NamedTuple):
     """hidden [M, D] of every position times weight [V, D] transposed."""
 
