@@ -186,6 +186,8 @@ class Trained:
     """[B, T] of each step, 0 where a token is masked."""
     logps_from_float64: list[float] = field(default_factory=list)
     """Largest distance of each step's log-probabilities from `exact_logps` of the same hidden states."""
+    logps_from_narrower_tiles: list[float] = field(default_factory=list)
+    """Largest distance of TRL's from its own with chunks of the vocabulary a quarter as wide: its rounding."""
     gradients: list[dict[str, Tensor]] = field(default_factory=list)
     """Of each step, as the optimizer gets them."""
     completions: list[list[str]] = field(default_factory=list)
@@ -225,6 +227,12 @@ def train(name: str, setting: Setting, folder: Path, **more: Any) -> Trained:
             found = score(model, input_ids, *arguments, **named)
         logps = found[0].detach()
         exact = exact_logps(trainer, torch.cat(hidden), input_ids, logps.shape[1])
+        if name == "trl":
+            calls, narrow = seen.trl_calls, utils._CHUNKED_LOGPROB_CHUNK_SIZE // 4
+            with torch.no_grad(), mock.patch.object(utils, "_CHUNKED_LOGPROB_CHUNK_SIZE", narrow):
+                others = score(model, input_ids, *arguments, **named)[0]
+            seen.trl_calls = calls
+            seen.logps_from_narrower_tiles.append(float((logps - others).abs().max()))
         seen.logps.append(logps)
         seen.logps_from_float64.append(float((logps - exact)[logps != 0].abs().max()))
         return found
@@ -279,6 +287,7 @@ def compare_training(setting: Setting, steps: int) -> list[dict[str, Any]]:
                 "same_completions": theirs.completions == ours.completions,
                 "same_rewards": theirs.rewards == ours.rewards,
                 "logps_apart": [float((a - b).abs().max()) for a, b in zip(theirs.logps, ours.logps)],
+                "trl_apart_from_itself": theirs.logps_from_narrower_tiles,
                 "logps_from_float64": {"installed": ours.logps_from_float64, "trl": theirs.logps_from_float64},
                 "gradients_apart": [_apart(a, b) for a, b in zip(theirs.gradients, ours.gradients)],
                 "gradients_apart_largest": [
@@ -415,6 +424,7 @@ def training_table(rows: list[dict[str, Any]]) -> str:
     add("completions and rewards", lambda row: "same" if row["same_completions"] and row["same_rewards"] else "DIFFER")
     add("log-probabilities apart, largest of each step", steps("logps_apart"))
     exact = "apart from float64 of the same hidden states"
+    add("TRL's apart from its own in tiles a quarter as wide", steps("trl_apart_from_itself"))
     add(f"ours {exact}", lambda row: _shown(row["logps_from_float64"]["installed"]))
     add(f"TRL's {exact}", lambda row: _shown(row["logps_from_float64"]["trl"]))
     add("gradients apart, of their norm", steps("gradients_apart"))
