@@ -11,7 +11,7 @@ from torch import Tensor
 
 from repo_ops.arguments import Layout, check_device, check_float, check_number, check_shape, check_values
 from repo_ops.head import shards
-from repo_ops.head.inputs import HeadInputs, Product, exact_dtype, rounded
+from repo_ops.head.inputs import HeadInputs, Product, exact_dtype
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,7 +47,7 @@ def head_inputs(
     accumulate_weight_grad: bool = False,
     rounds_to: torch.dtype | None = None,
 ) -> HeadInputs:
-    """The checked head over its live rows; operands of a higher precision than `rounds_to` are copies in it.
+    """The checked head over its live rows, before `HeadInputs.with_copies`.
 
     Raises:
         TypeError, ValueError: a shape, dtype, device or value is off; the message names the argument.
@@ -77,13 +77,8 @@ def head_inputs(
     )
     if group is not None:
         ids, owned = shards.localize(ids, shard_sizes, dist.get_rank(group))
-    hidden = hidden.reshape(-1, hidden.shape[-1])
-    leaves = (hidden, weight, settings.bias, *(adapter or (None, None)))
-    accumulates = accumulate_weight_grad and _accumulates(weight)
-    hidden, weight, *pair = rounded(rounds_to, hidden, weight, *(adapter or ()))
-    adapter = Product(*pair) if pair else None
     return HeadInputs(
-        hidden,
+        hidden.reshape(-1, hidden.shape[-1]),
         weight,
         settings.bias,
         ids,
@@ -95,12 +90,12 @@ def head_inputs(
         group,
         owned,
         max(shard_sizes),
-        accumulates,
-        leaves,
+        accumulate_weight_grad and _accumulates(weight, rounds_to),
+        rounds_to,
     )
 
 
-def _accumulates(weight: Tensor) -> bool:
+def _accumulates(weight: Tensor, rounds_to: torch.dtype | None) -> bool:
     """Whether the gradient of `weight` can be added to its .grad; False for a frozen weight."""
     if not (weight.requires_grad and torch.is_grad_enabled()):
         return False
@@ -110,6 +105,10 @@ def _accumulates(weight: Tensor) -> bool:
     if weight.dtype != torch.float32:
         raise ValueError(
             f"{name}: expected a float32 weight, got {weight.dtype}, in which sums lose bits; leave it False"
+        )
+    if rounds_to == torch.float16:
+        raise ValueError(
+            f"{name}: expected operands of bfloat16 or float32, got float16, whose gradients are scaled; leave it False"
         )
     if weight._backward_hooks or getattr(weight, "_post_accumulate_grad_hooks", None):
         raise ValueError(f"{name}: expected a weight without gradient hooks, which would see nothing; leave it False")

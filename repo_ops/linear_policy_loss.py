@@ -106,7 +106,7 @@ def linear_policy_loss(
     settings = HeadSettings(bias, temperature, softcap, logit_scale, adapter, tp_group)
     call = prepare(
         hidden, weight, targets, mask, settings, as_objective(objective), options,
-        extras=extras, off_policy_coef=off_policy_coef, num_items=num_items, **given,
+        extras=extras, off_policy_coef=off_policy_coef, num_items=num_items, copies=support_ids is None, **given,
     )  # fmt: skip
     if support_ids is not None:
         return over_support(call, support_ids)
@@ -157,9 +157,12 @@ def prepare(
     options: Options,
     *,
     cu_seqlens: Tensor | None,
+    copies: bool,
     **given: Any,
 ) -> Call:
     """The checked call; `given` are the other arguments of `loss_inputs`.
+
+    `copies`: whether operands are rounded now; those of a support are as they are gathered.
 
     Raises:
         TypeError, ValueError: as `linear_policy_loss`.
@@ -173,6 +176,7 @@ def prepare(
         hidden, weight, targets, inputs.where, settings,
         accumulate_weight_grad=accumulate, rounds_to=options.rounds_to(targets.device.type),
     )  # fmt: skip
+    head = head.with_copies() if copies else head
     return Call(head, inputs, make_plan(head, options, _wanted(inputs.objective)), where)
 
 

@@ -95,9 +95,10 @@ def head_stats(
         hidden, weight, targets, where, settings,
         accumulate_weight_grad=accumulate, rounds_to=options.rounds_to(targets.device.type),
     )  # fmt: skip
-    plan = make_plan(head, options, wanted)
     if support_ids is not None:
-        return support.statistics(head, support_ids, where, plan, wanted)
+        return support.statistics(head, support_ids, where, make_plan(head, options, wanted), wanted)
+    head = head.with_copies()
+    plan = make_plan(head, options, wanted)
     return _LinearStats.apply(*head.tensors, head, plan, wanted)
 
 
@@ -108,7 +109,7 @@ class _LinearStats(torch.autograd.Function):
         with gemm.without_autocast(head.hidden):
             stats = sweep.statistics(head, plan, wanted=wanted)
         ctx.save_for_backward(*tensors, *stats)
-        ctx.head, ctx.plan = head, plan
+        ctx.head, ctx.plan = head.without_copies(), plan  # they would live as long as the results
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*(values for values in (stats.sum_p2, stats.is_argmax) if values is not None))
         return stats.logps, stats.entropy, stats.sum_p2, stats.is_argmax
@@ -130,7 +131,11 @@ def stats_gradients(
     dentropy: Tensor | None,
     needs: Sequence[bool],
 ) -> list[Tensor | None]:
-    """Gradients of `head.tensors`, those that are needed, from those of logps and entropy [L]."""
+    """Gradients of `head.tensors`, those that are needed, from those of logps and entropy [L].
+
+    `plan` is that of `head.with_copies()`.
+    """
+    head = head.with_copies()
     grads = Gradients(head, needs)
     if dlogps is None:
         dlogps = torch.zeros_like(stats.logps)

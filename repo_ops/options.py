@@ -34,10 +34,10 @@ class Options:
     rows fit, a sweep without gradient (old and reference log-probabilities) keeps its logits in registers on a GPU."""
 
     operand_dtype: torch.dtype | None = None
-    """Precision to which operands of the products (hidden states, head, adapter) are rounded where theirs is higher;
-    logits, sums and gradients stay in float32. None: that of torch.autocast where it is on, as in any linear layer.
-    torch.float32 keeps a float32 head exact under autocast. Rounded copies take 2 (V + N) D bytes beyond the budget;
-    float64 is never rounded."""
+    """Precision to which float32 operands of the products (hidden states, head, adapter) are rounded; logits, sums and
+    the gradients of float32 tensors stay in float32. None: that of torch.autocast where it is on, as in any linear
+    layer. torch.float32 keeps a float32 head exact under autocast. Rounded copies take 2 (V + N) D bytes beyond the
+    budget. On a GPU torch 2.10 or newer is what makes 16-bit products fast."""
 
     logits_dtype: torch.dtype | None = None
     """Precision in which a tile of logits is stored before the softmax. None: float32 (float64 for float64 inputs). The

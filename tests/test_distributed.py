@@ -35,9 +35,10 @@ def test_fsdp2_gradients_are_those_of_one_process_or_the_wrapping_is_refused():
 @pytest.mark.slow
 def test_vocabulary_shards_give_the_values_and_gradients_of_the_whole():
     lines = [line for line in launch("worker_tensor_parallel.py") if line.startswith("rank")]
-    assert len(lines) == 6  # two ranks, three heads
+    assert len(lines) == 8  # two ranks, four heads
     for line in lines:
-        assert float(line.split()[-1]) < 1e-5, line
+        # rounded, a gradient's entry may fall on the other side of a tie
+        assert float(line.split()[-1]) < (1e-3 if "rounded" in line else 1e-5), line
 
 
 @pytest.mark.slow

@@ -176,6 +176,27 @@ def test_logits_are_rounded_as_ligers_unless_options_say_otherwise(liger):
         ours.LigerFusedLinearGRPOLoss(options="bf16", **settings)(hidden, weight, ids, mask, advantages, None, ref)
 
 
+def test_logits_of_float16_stay_float32(liger):
+    # a float16 tile also holds probabilities times 1 / N, which vanish before a gradient scaler multiplies them
+    half = Case(4)
+    half.hidden, half.weight, half.bias = (x.half() for x in (half.hidden, half.weight, half.bias))
+    plain, exact = half.run(ours), half.run(ours, options=Options())
+    assert all(torch.equal(a, b) for a, b in zip(plain, exact, strict=True))
+    theirs = half.run(liger)
+    torch.testing.assert_close(plain[0], theirs[0], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("options", [None, Options()])
+def test_under_autocast_logits_are_those_of_bfloat16_inputs(options):
+    case, half = Case(4), Case(4)
+    half.hidden, half.weight = half.hidden.bfloat16(), half.weight.bfloat16()
+    want = half.run(ours, options=options)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = case.run(ours, options=options)
+    torch.testing.assert_close(found[0], want[0], rtol=1e-5, atol=1e-6)
+    assert [x.dtype for x in found[-3:]] == [torch.float32] * 3
+
+
 @pytest.mark.parametrize(("loss", "level"), KINDS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_constants_of_another_precision_are_read_as_liger_reads_them(liger, loss, level, dtype):

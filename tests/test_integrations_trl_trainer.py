@@ -15,6 +15,7 @@ from datasets import Dataset
 trl = pytest.importorskip("trl", minversion="1.16")
 from trl_host import PROMPTS, digits, grpo, settings, stored_qwen2, tokenizer  # noqa: E402
 
+import repo_ops  # noqa: E402
 from repo_ops.integrations.trl import RePOConfig, RePOTrainer, install, uninstall  # noqa: E402
 from repo_ops.integrations.trl.replay import prompt_key  # noqa: E402
 
@@ -265,6 +266,22 @@ def test_replay_of_one_step_is_the_loss_of_the_library(tmp_path):
     found.loss.backward()
     for name, p in model.named_parameters():
         torch.testing.assert_close(gradients[name], p.grad, rtol=1e-4, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_under_autocast_the_head_is_rounded_unless_it_is_to_be_float32(tmp_path, monkeypatch, exact):
+    seen, trainer = [], repo(tmp_path, head_float32=exact, bf16=True, max_steps=2, num_train_epochs=4)
+    for name in ("linear_policy_loss", "linear_logps"):
+        ours = getattr(repo_ops, name)
+
+        def watched(hidden, *arguments, ours=ours, **named):
+            seen.append(named["options"].rounds_to("cpu") or hidden.dtype)
+            return ours(hidden, *arguments, **named)
+
+        monkeypatch.setattr(repo_ops, name, watched)
+    trainer.train()
+    assert len(seen) >= 4  # each step's loss, and log-probabilities for the buffer
+    assert set(seen) == {torch.float32 if exact else torch.bfloat16}
 
 
 def test_evaluation_neither_draws_nor_stores(tmp_path):

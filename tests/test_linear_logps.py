@@ -467,49 +467,6 @@ def test_trl_7077_autocast_can_be_told_to_change_nothing(dtype, weight_dtype, ar
     assert all(torch.equal(a, b) for a, b in zip(*results))
 
 
-@pytest.mark.parametrize(("dtype", "weight_dtype"), [(F32, F32), (BF16, F32), (F16, F32), (F32, F16), (BF16, BF16)])
-@pytest.mark.parametrize("asked_by", ["autocast", "options"])
-def test_operands_may_be_rounded_and_nothing_else(dtype, weight_dtype, asked_by):
-    case = make_case(1, 5, 128, 5003, dtype=dtype, weight_dtype=weight_dtype)
-    found, rounded = (leaf(case.hidden), leaf(case.weight)), (leaf(case.hidden.to(BF16)), leaf(case.weight.to(BF16)))
-    options = Options(operand_dtype=BF16 if asked_by == "options" else None)
-    with torch.autocast("cpu", dtype=BF16, enabled=asked_by == "autocast"):
-        logps, entropy = linear_logps(*found, case.targets, with_entropy=True, options=options)
-    want, want_entropy = token_stats(*rounded, case.targets)
-    torch.testing.assert_close(logps.double(), want, rtol=0, atol=1e-5)
-    torch.testing.assert_close(entropy.double(), want_entropy, rtol=0, atol=1e-5)
-    (logps.sum() + 0.1 * entropy.sum()).backward()
-    (want.sum() + 0.1 * want_entropy.sum()).backward()
-    for mine, exact in zip(found, rounded):
-        assert mine.grad.dtype == mine.dtype
-        assert relative_error(mine.grad, exact.grad) <= 3.5e-3
-
-
-def test_float64_is_not_rounded():
-    case = make_case(1, 5, 16, 127, dtype=F64)
-    want = linear_logps(case.hidden, case.weight, case.targets).logps
-    with torch.autocast("cpu", dtype=BF16):
-        assert torch.equal(linear_logps(case.hidden, case.weight, case.targets).logps, want)
-    options = Options(operand_dtype=F32)
-    assert torch.equal(linear_logps(case.hidden, case.weight, case.targets, options=options).logps, want)
-
-
-def test_autocast_with_support_ids():
-    case = make_case(2, 4, 64, 127)
-    everything = torch.arange(127).expand(2, 4, 127)
-    results = []
-    for support in (None, everything):
-        hidden, weight = leaf(case.hidden), leaf(case.weight)
-        with torch.autocast("cpu", dtype=BF16):
-            logps = linear_logps(hidden, weight, case.targets, support_ids=support).logps
-        logps.sum().backward()
-        assert hidden.grad.dtype == weight.grad.dtype == F32
-        results.append((logps.detach(), hidden.grad, weight.grad))
-    torch.testing.assert_close(results[0][0], results[1][0], rtol=0, atol=1e-5)
-    for tiles, gathered in zip(results[0][1:], results[1][1:]):  # gathered products are made in float32
-        assert relative_error(tiles, gathered) <= 3.5e-3
-
-
 def test_support_ids_listed_twice_are_refused():
     # a token would count twice in the normaliser
     case = make_case(1, 4, DIM, 127)

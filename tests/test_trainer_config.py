@@ -64,6 +64,10 @@ def refused(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> str:
             ["--autocast", "false", "--head_autocast", "true"],
             "head_autocast: expected nothing without autocast, got True; add --autocast",
         ),
+        (
+            ["--dtype", "bfloat16", "--head_autocast", "true"],
+            "head_autocast: expected nothing with dtype bfloat16, whose head is rounded already",
+        ),
         (["--save_steps", "null", "--keep_last", "3"], "keep_last: expected nothing without checkpoints, got 3"),
         (
             ["--eval_steps", "5", "--heldout_size", "0"],

@@ -9,6 +9,7 @@ V, CUTS = 101, (0, 70, 101)
 HEADS = {
     "plain": {},
     "capped": {"softcap": 4.0, "logit_scale": 0.9, "temperature": 0.7},
+    "rounded": {"options": Options(operand_dtype=torch.bfloat16)},
     "masked": {},  # nothing but -inf in the second shard
 }
 
@@ -36,7 +37,7 @@ def main():
         head = {**head, "bias": b, "adapter": (low, up), "tp_group": group, "mask": mask}
         stats = linear_logps(h, w, targets, with_entropy=True, **head)
         first = torch.autograd.grad((stats.logps * dlogps + stats.entropy * dentropy).sum(), tensors)
-        found = linear_policy_loss(h, w, targets, advantages, objective=objective, options=Options(), **head)
+        found = linear_policy_loss(h, w, targets, advantages, objective=objective, **head)
         second = torch.autograd.grad(found.loss, tensors)
         beyond = linear_stats(h, w, targets, **head)
         values = [stats.logps, stats.entropy, found.loss.reshape(1), beyond.sum_p2, beyond.is_argmax.float()]

@@ -34,7 +34,7 @@ class Backbone:
     Args:
         model: stays in eval mode (dropout would make packed and separate rows differ).
         autocast: dtype the layers compute in (None: their own).
-        head_dtype: what operands of the head's products are rounded to (None: its weights' dtype).
+        head_dtype: what operands of the head's products are rounded to, where its weights are float32.
         device: where it computes (None: where its parameters are; offloaded ones are elsewhere).
     """
 
@@ -43,7 +43,7 @@ class Backbone:
         model: PreTrainedModel,
         *,
         autocast: torch.dtype | None = None,
-        head_dtype: torch.dtype | None = None,
+        head_dtype: torch.dtype = torch.float32,
         device: torch.device | None = None,
     ) -> None:
         self.model = model.eval()
@@ -54,7 +54,7 @@ class Backbone:
         # adapters are switched off and on, and a sharded model has other tensors inside each forward
         self._head = None if is_sharded(model) or has_lora(model) else find_head(model)
         # a sharded model may gather its layers in bfloat16 already: it must run as it will
-        self.autocast, self.head_dtype = autocast if is_sharded(model) else None, None
+        self.autocast, self.head_dtype = autocast if is_sharded(model) else None, torch.float32
         _compare_with_separate_rows(self)
         split_again(model)
         self.autocast, self.head_dtype = autocast, head_dtype

@@ -177,8 +177,8 @@ class TrainConfig(PolicySettings):
     micro_batch_tokens: int = 4096
     """Padded tokens of one forward and backward; lower needs less memory and changes nothing else."""
     head_autocast: bool = False
-    """Round operands of the head's products to bfloat16, too (logits, sums and gradients stay float32): about ten times
-    the speed on a GPU, and log-probabilities that are 1e-2 from those of the float32 head."""
+    """Round operands of a float32 head's products to bfloat16, too; logits, sums and gradients stay float32. Several
+    times the speed of those products on a GPU (with torch 2.10 or newer)."""
 
     replicas: int = 1
     """Whole copies of the model over all ranks that torchrun started, each sharded over ranks / replicas neighbours
@@ -287,6 +287,8 @@ class TrainConfig(PolicySettings):
                     raise ValueError(
                         f"{name}: expected nothing without {needed}, got {getattr(self, name)!r}; add --{needed}"
                     )
+        if self.head_autocast and self.dtype != "float32":
+            raise ValueError(f"head_autocast: expected nothing with dtype {self.dtype}, whose head is rounded already")
         for name in ("keep_last", "save_async"):
             if self.save_steps is None and getattr(self, name) != _default(name):
                 raise ValueError(f"{name}: expected nothing without checkpoints, got {getattr(self, name)!r}")

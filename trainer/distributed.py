@@ -182,7 +182,7 @@ def shard(
     """Splits every parameter over the ranks by FSDP2, in place.
 
     Each layer is a unit; embedding, norm and head are in the root, whose forward the loss is computed in (`inside`).
-    The root's unit stays in the parameters' dtype, so that the head and its log-probabilities are exact. Gradients are
+    The root's unit stays in the parameters' dtype, so that the head can be exact. Gradients are
     reduced in float32 at least, and averaged: multiply a loss that is a sum over ranks by their number.
 
     Args:

@@ -316,8 +316,7 @@ def head_bytes(work: Workload, shape: PretrainedConfig, device: torch.device) ->
     tile = row * work.rows * work.row
     limit = max(CPU_BUDGET, CPU_ROWS * row) if device.type == "cpu" else GPU_ROWS * row
     sums = 4 * text.vocab_size * text.hidden_size if work.config.dtype != "float32" else 0
-    rounds = work.config.head_autocast and work.config.dtype == "float32"
-    copies = 2 * text.hidden_size * (text.vocab_size + work.rows * work.row) if rounds else 0
+    copies = 2 * text.hidden_size * (text.vocab_size + work.rows * work.row) if work.config.head_autocast else 0
     return min(tile, limit) + sums + copies
 
 

@@ -83,7 +83,7 @@ class Learner:
         temperature: what the completions were sampled with; divides the logits.
         max_tokens: padded tokens of one forward and backward.
         autocast: dtype of the layers below the head (None: the weights' own).
-        head_dtype: what operands of the head's products are rounded to (None: they are not).
+        head_dtype: what operands of the head's products are rounded to, where its weights are float32.
         recompute: layers keep their input alone and are computed again in the backward: less memory, the same numbers.
         ranks: who trains together; all of them make the same Learner from the same weights.
         replicas, cpu_offload: how the ranks share the model, see `shard`.
@@ -101,7 +101,7 @@ class Learner:
         temperature: float = 1.0,
         max_tokens: int = 4096,
         autocast: torch.dtype | None = None,
-        head_dtype: torch.dtype | None = None,
+        head_dtype: torch.dtype = torch.float32,
         betas: tuple[float, float] = (0.9, 0.999),
         weight_decay: float = 0.0,
         max_grad_norm: float = 1.0,
@@ -125,11 +125,11 @@ class Learner:
             frozen = copy.deepcopy(model).requires_grad_(False)
         if recompute:
             recompute_layers(model)
-        precision = {"autocast": autocast, "head_dtype": head_dtype}
-        self.backbone = self._backbone(model, precision, replicas, cpu_offload)
+        dtypes = (autocast, head_dtype)
+        self.backbone = self._backbone(model, dtypes, replicas, cpu_offload)
         self.reference: Backbone | None = None
         if "ref_logps" in objective.reads:
-            self.reference = self._backbone(frozen, precision, replicas, cpu_offload) if frozen else self.backbone
+            self.reference = self._backbone(frozen, dtypes, replicas, cpu_offload) if frozen else self.backbone
         self.objective = objective
         self.policy_term = replace(objective, beta=0.0, entropy_coef=0.0)  # all that replayed sequences have
         self.off_policy_coef = off_policy_coef
@@ -147,11 +147,12 @@ class Learner:
         return self.reference not in (None, self.backbone)
 
     def _backbone(
-        self, model: PreTrainedModel, precision: dict[str, torch.dtype | None], replicas: int, cpu_offload: bool
+        self, model: PreTrainedModel, dtypes: tuple[torch.dtype | None, torch.dtype], replicas: int, cpu_offload: bool
     ) -> Backbone:
+        autocast, head_dtype = dtypes
         if self.ranks.size > 1:
-            shard(model, self.ranks, compute=precision["autocast"], replicas=replicas, cpu_offload=cpu_offload)
-        return Backbone(model, **precision, device=self.ranks.device)
+            shard(model, self.ranks, compute=autocast, replicas=replicas, cpu_offload=cpu_offload)
+        return Backbone(model, autocast=autocast, head_dtype=head_dtype, device=self.ranks.device)
 
     def step(self, sequences: Sequence[ScoredSequence], *, lr: float) -> dict[str, float]:
         """Metrics of one optimizer step with learning rate `lr`; `sequences` is the whole step, the same on all ranks.

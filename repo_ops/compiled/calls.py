@@ -23,11 +23,11 @@ _PLACES: dict[Hashable, int] = {}
 def kept(device: str, *values: Any) -> int:
     """The place of the Constants of these values (Dynamo gives a named tuple's values back, not its type).
 
-    `device`: type of the device. What autocast does there is written into the options, since graphs run without it.
+    `device`: type of the device. What autocast does there now is written into the options, since graphs run without it.
     """
     constants = Constants(*values)
-    options = dataclasses.replace(constants.options, operand_dtype=constants.options.rounds_to(device))
-    constants = constants._replace(options=options)
+    operand_dtype = constants.options.rounds_to(device) or torch.float32
+    constants = constants._replace(options=dataclasses.replace(constants.options, operand_dtype=operand_dtype))
     objective = constants.objective
     if isinstance(objective, str):
         objective = as_objective(objective)

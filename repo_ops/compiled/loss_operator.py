@@ -80,7 +80,7 @@ def _seen(
     tensors: list[Tensor | None] = [torch.zeros((*shape, 1)), torch.zeros((2, 1)), None, None, None]
     found = _prepared(
         constants, tensors, torch.zeros(shape, dtype=torch.int64), [torch.ones(()), None],
-        {**given, "num_items": None, "off_policy_coef": 1.0},
+        {**given, "num_items": None, "off_policy_coef": 1.0, "copies": True},
     )  # fmt: skip
     loss, stats, _ = evaluate(found, [False] * 5)
     return (stats.entropy is not None, *found.result(loss, stats.logps, stats.entropy).metrics)
@@ -135,6 +135,7 @@ def _loss(
         "extras": dict(zip(constants.extras, extras, strict=True)),
         "num_items": constants.num_items(numbers[1:]),
         "off_policy_coef": numbers[0].item(),
+        "copies": others[5] is None,
     }
     with gradients.autograd_on():  # coefficients are derivatives of the objective
         leaves = [None if t is None else t.detach() for t in tensors]

@@ -70,6 +70,7 @@ def _stats(
     where = layout(targets, mask, None)
     rounds_to = constants.options.operand_dtype
     head = head_inputs(hidden, weight, targets, where, constants.settings(others), rounds_to=rounds_to)
+    head = head.with_copies() if support_ids is None else head
     wanted = Wanted(*constants.wanted)
     plan = make_plan(head, constants.options, wanted)
     if support_ids is None:
@@ -123,6 +124,7 @@ def _stats_backward(
     if support_ids is None:
         rounds_to = constants.options.operand_dtype
         head = head_inputs(hidden, weight, targets, where, constants.settings(others), rounds_to=rounds_to)
+        head = head.with_copies()
         plan = make_plan(head, constants.options, Wanted(*constants.wanted))
         logps, row_max, log_sum, entropy = (where.take(s) if s.numel() else None for s in stats)
         assert logps is not None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -16,10 +16,10 @@ def exact_dtype(*values: Tensor) -> torch.dtype:
 
 
 def rounded(dtype: torch.dtype | None, *operands: Tensor) -> list[Tensor]:
-    """`operands`, those of a higher precision than `dtype` as detached copies in it; float64 is left alone."""
+    """`operands`, those of more bytes than `dtype` as detached copies in it; nothing is where one is float64."""
     if dtype is None or exact_dtype(*operands) == torch.float64:
         return list(operands)
-    return [x if x.dtype == dtype or x.dtype.itemsize < dtype.itemsize else x.detach().to(dtype) for x in operands]
+    return [x.detach().to(dtype) if x.dtype.itemsize > dtype.itemsize else x for x in operands]
 
 
 class Product(NamedTuple):
@@ -60,8 +60,30 @@ class HeadInputs:
     """V, or that of the largest shard, so that all ranks of a tp_group cut the same chunks."""
     accumulates: bool = False
     """Whether the gradient of `weight` is added to weight.grad as it is formed, instead of being handed over."""
+    rounds_to: torch.dtype | None = None
+    """Precision of the products' operands; None: their own."""
     leaves: tuple[Tensor | None, ...] | None = None
-    """Where operands are rounded copies: what gradients flow to instead, in the order of `tensors`."""
+    """Where operands are rounded copies: what they were made of, in the order of `tensors`."""
+
+    def with_copies(self) -> HeadInputs:
+        """The same with operands that are rounded to `rounds_to`; itself where they are already."""
+        products = [Product(*rounded(self.rounds_to, *product)) for product in self.products]
+        if all(new.hidden is old.hidden and new.weight is old.weight for new, old in zip(products, self.products)):
+            return self
+        (hidden, weight), *adapter = products
+        return replace(
+            self, hidden=hidden, weight=weight, adapter=adapter[0] if adapter else None, leaves=tuple(self.tensors)
+        )
+
+    def without_copies(self) -> HeadInputs:
+        """The same as it was before `with_copies`."""
+        if self.leaves is None:
+            return self
+        hidden, weight, _, low, up = self.leaves
+        assert hidden is not None
+        assert weight is not None
+        adapter = None if low is None or up is None else Product(low, up)
+        return replace(self, hidden=hidden, weight=weight, adapter=adapter, leaves=None)
 
     @property
     def products(self) -> list[Product]:

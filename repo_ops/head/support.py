@@ -16,7 +16,7 @@ from torch import Tensor
 from repo_ops.arguments import Layout, check_device, check_values
 from repo_ops.first_order import first_order
 from repo_ops.head.gemm import without_autocast
-from repo_ops.head.inputs import HeadInputs, Scaling, Wanted
+from repo_ops.head.inputs import HeadInputs, Scaling, Wanted, rounded
 from repo_ops.head.plan import Plan
 
 MAX_SUPPORT = 512
@@ -143,8 +143,8 @@ def _log_p(head: HeadInputs, ids: Tensor, kept: Tensor, chunk: slice) -> tuple[T
     """[C, K + 1] log-probabilities among what was kept, -inf elsewhere; what d log_p / d (hidden weight^T) adds."""
     z = None
     for hidden, weight in head.products:
-        rows = head.rows_of(hidden, chunk).to(head.exact_dtype)
-        part = torch.bmm(weight[ids].to(rows.dtype), rows[:, :, None])[:, :, 0]
+        rows, columns = (x.to(head.exact_dtype) for x in _operands(head, hidden, weight, ids, chunk))
+        part = torch.bmm(columns, rows[:, :, None])[:, :, 0]
         z = part if z is None else z.add_(part)
     assert z is not None
     scaling = head.scaling(chunk)
@@ -158,6 +158,11 @@ def _log_p(head: HeadInputs, ids: Tensor, kept: Tensor, chunk: slice) -> tuple[T
         slope = (1 - capped.square()).mul_(slope)
         z = capped.mul_(Scaling(None, scaling.inv_temperature, scaling.softcap, None).factor())
     return z.masked_fill_(~kept, -float("inf")).log_softmax(1), slope
+
+
+def _operands(head: HeadInputs, hidden: Tensor, weight: Tensor, ids: Tensor, chunk: slice) -> list[Tensor]:
+    """[C, D] states of the chunk's rows, [C, K + 1, D] the head's rows of their ids."""
+    return rounded(head.rounds_to, head.rows_of(hidden, chunk), weight[ids])
 
 
 def _reduced(log_p: Tensor, wanted: Wanted) -> tuple[Tensor | None, ...]:
@@ -194,11 +199,15 @@ def _add(grads: list[Tensor | None], head: HeadInputs, ids: Tensor, chunk: slice
     """Add a chunk's share to gradients in the order of `head.tensors`."""
     dbias = grads[2]
     for (hidden, weight), dhidden, dweight in zip(head.products, grads[::3], grads[1::3], strict=False):
+        if dhidden is None and dweight is None:
+            continue
+        rows, columns = _operands(head, hidden, weight, ids, chunk)
         if dhidden is not None:
-            grad = torch.bmm(dlogits[:, None, :], weight[ids].to(dlogits.dtype))[:, 0]
+            grad = torch.bmm(dlogits[:, None, :], columns.to(dlogits.dtype))[:, 0]
             dhidden[chunk if head.rows is None else head.rows[chunk]] = grad.to(dhidden.dtype)
+        del columns
         if dweight is not None:
-            outer = dlogits[:, :, None] * head.rows_of(hidden, chunk).to(dlogits.dtype)[:, None, :]
+            outer = dlogits[:, :, None] * rows.to(dlogits.dtype)[:, None, :]
             # index_put sorts where index_add would use atomics: the same bits on every run
             dweight.index_put_((ids.reshape(-1),), outer.reshape(-1, weight.shape[1]), accumulate=True)
     if dbias is not None:

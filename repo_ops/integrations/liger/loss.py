@@ -102,8 +102,8 @@ class LigerFusedLinearGRPOLoss(torch.nn.Module):
         importance_sampling_level: "token", or "sequence" (GSPO; not for cispo, sapo, vespo).
         sapo_temperature_pos, sapo_temperature_neg, vespo_*: of the loss types they name. temperature: divides logits.
         delta: upper bound on the ratio for negative advantages. use_bias_correction_kl: multiply the KL by the ratio.
-        options: not Liger's: how the head is computed. None: logits of 16-bit products are rounded to 16 bits, as by
-            Liger. `Options()` leaves them in float32, exact.
+        options: not Liger's: how the head is computed. None: logits of bfloat16 products are rounded to bfloat16, as
+            by Liger. `Options()` leaves them in float32, exact, and so does every other.
     """
 
     def __init__(

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from repo_ops.arguments import check_shape, check_values
+from repo_ops.head.inputs import rounded
 from repo_ops.integrations.liger.settings import COUNTED_OVER_RANKS, Settings
 from repo_ops.linear_logps import linear_logps
 from repo_ops.options import Options
@@ -54,12 +55,14 @@ def constant(logps: Tensor | None) -> Tensor | None:
 
 
 def options_for(hidden: Tensor, options: Options | None) -> Options:
-    """`options`, or for None what rounds logits as Liger does: to the dtype of 16-bit products."""
+    """`options`, or for None what rounds logits of bfloat16 products as Liger does.
+
+    Not those of float16 ones: a tile of float16 also holds gradients, before a gradient scaler multiplies them.
+    """
     if options is not None:
         return options
-    under_autocast = None if hidden.dtype == torch.float64 else Options().rounds_to(hidden.device.type)
-    product = under_autocast or hidden.dtype
-    return Options(logits_dtype=product if product.itemsize == 2 else None)
+    (product,) = rounded(Options().rounds_to(hidden.device.type), hidden.new_empty(0))
+    return Options(logits_dtype=torch.bfloat16 if product.dtype == torch.bfloat16 else None)
 
 
 def reference_logps(

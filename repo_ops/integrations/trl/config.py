@@ -25,7 +25,7 @@ READABLE = frozenset({"ref_logps", "sampler_logps", "entropy"})
 
 UNREAD_WITHOUT = {
     "replay": ("replay_num", "replay_capacity", "replay_min_size", "off_policy_coef"),
-    "shared_rows": ("row_tokens",),
+    "shared_rows": ("row_tokens", "head_float32"),
 }
 """Setting -> those that mean nothing where it is off."""
 
@@ -75,6 +75,10 @@ class RePOConfig(GRPOConfig):
     )
     row_tokens: int = field(
         default=4096, metadata={"help": "Padded tokens of one forward over shared rows; lower needs less memory."}
+    )
+    head_float32: bool = field(
+        default=False,
+        metadata={"help": "Keep the head's products in float32 under bf16 or fp16, where TRL's and ours are rounded."},
     )
 
     def __post_init__(self) -> None:

@@ -176,7 +176,7 @@ class _Call:
         """The head over its rows; made anew in the backward, so that no copy of the weight waits for it."""
         settings = dataclasses.replace(self.settings, bias=bias)
         where = layout(targets, None, None)
-        return head_inputs(hidden, weight, targets, where, settings, rounds_to=self.rounds_to)
+        return head_inputs(hidden, weight, targets, where, settings, rounds_to=self.rounds_to).with_copies()
 
 
 class _Statistics(torch.autograd.Function):

@@ -111,6 +111,7 @@ class RowsLoss:
     objective: Objective
     off_policy_coef: float
     temperature: float
+    options: repo_ops.Options = repo_ops.Options()  # noqa: RUF009 (frozen)
 
     def is_live(self, row: Row) -> bool:
         """Whether any token of the row can carry a gradient, or take part in a statistic over the batch."""
@@ -132,6 +133,7 @@ class RowsLoss:
                 targets=targets[tokens],
                 support_ids=_support(chosen, targets.device),
                 temperature=self.temperature,
+                options=self.options,
                 **head.arguments(picked),
                 **arguments,
             )

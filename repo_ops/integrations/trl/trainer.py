@@ -75,7 +75,8 @@ class RePOTrainer(GRPOTrainer):
         if not args.uses_ours:
             return
         self._refuse_what_rows_do_not_hold()
-        self.rows_loss = RowsLoss(objective_of(args), args.off_policy_coef, self.temperature)
+        head = repo_ops.Options(operand_dtype=torch.float32 if args.head_float32 else None)
+        self.rows_loss = RowsLoss(objective_of(args), args.off_policy_coef, self.temperature, head)
         self._base = self.model.get_base_model() if is_peft_model(self.model) else self.model
         self._backbone = self._shared_rows() if args.shared_rows else None
         if args.replay is not None:
@@ -202,7 +203,11 @@ class RePOTrainer(GRPOTrainer):
             hidden, targets, order = shared_hidden(self._backbone, rows, self.args.row_tokens)
             head = repo_ops.causal_lm.find_head(self._base)
             stats = repo_ops.linear_logps(
-                hidden, targets=targets, temperature=self.temperature, **head.arguments(hidden)
+                hidden,
+                targets=targets,
+                temperature=self.temperature,
+                options=self.rows_loss.options,
+                **head.arguments(hidden),
             )
         parts = stats.logps.split([len(rows[i].token_ids) for i in order])
         found = dict(zip(order, parts, strict=True))
