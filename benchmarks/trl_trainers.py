@@ -423,8 +423,8 @@ def training_table(rows: list[dict[str, Any]]) -> str:
 
     add("completions and rewards", lambda row: "same" if row["same_completions"] and row["same_rewards"] else "DIFFER")
     add("log-probabilities apart, largest of each step", steps("logps_apart"))
-    exact = "apart from float64 of the same hidden states"
     add("TRL's apart from its own in tiles a quarter as wide", steps("trl_apart_from_itself"))
+    exact = "apart from float64 of the same hidden states"
     add(f"ours {exact}", lambda row: _shown(row["logps_from_float64"]["installed"]))
     add(f"TRL's {exact}", lambda row: _shown(row["logps_from_float64"]["trl"]))
     add("gradients apart, of their norm", steps("gradients_apart"))

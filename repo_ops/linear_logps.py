@@ -58,7 +58,7 @@ def linear_logps(
             rank's rows); hidden and targets are the same on all. The gradient of hidden is summed over the ranks.
         support_ids: [..., K] int64, the tokens that a truncated sampler (top-k, top-p, min-p) kept, -1 for padding;
             log-probabilities and entropies are those of the softmax over them and the target.
-        options: backend, memory budget and precision.
+        options: backend, memory budget and precision; under autocast see `Options.operand_dtype`.
     Returns:
         TokenStats(logps, entropy), float32 (float64 for float64 inputs).
     Raises:
