@@ -48,6 +48,8 @@ class Method:
     compiles: bool = False
     """Whether its first call compiles, so that memory is read off a later one."""
     only_dtype: str | None = None
+    sixteen_bit_gradients: bool = False
+    """Whether d hidden of 16-bit inputs is a product of 16-bit operands, which some CPUs have no instructions for."""
     exact_work: bool = True
     """False: bare GEMMs, which have no loss to compare."""
 
@@ -62,6 +64,8 @@ class Method:
             return "gives no entropy gradient"
         if self.only_dtype not in (None, case.dtype):
             return f"for {self.only_dtype} only"
+        if self.sixteen_bit_gradients and floor_dtype(case) == torch.float32 != getattr(torch, case.dtype):
+            return f"PyTorch multiplies {case.dtype} in loops on this processor: minutes a step"
         if self.compiles and case.device == "cpu" and not any(map(shutil.which, ("g++", "clang++", "c++"))):
             return "torch.compile needs a C++ compiler"
         return None
@@ -259,9 +263,11 @@ METHODS = {
     "ours_16_bit_logits": Method("ours, bf16 logits (opt-in)", ours_16_bit_logits, only_dtype="bfloat16"),
     "ours_logps": Method("ours: linear_logps + policy_loss", ours_logps),
     "ours_as_liger": Method("ours, by Liger's class", ours_as_liger, entropy=False),
-    "naive": Method("full logits", naive),
+    "naive": Method("full logits", naive, sixteen_bit_gradients=True),
     "trl": Method("TRL ChunkedLogProbFunction", trl, package="trl"),
     "liger": Method("Liger FusedLinearGRPO", liger, package="liger-kernel", entropy=False),
     "liger_one_chunk": Method("Liger, all sequences at once", liger_one_chunk, package="liger-kernel", entropy=False),
-    "cce": Method("Cut cross-entropy", cce, package="cut-cross-entropy", entropy=False, compiles=True),
+    "cce": Method(
+        "Cut cross-entropy", cce, package="cut-cross-entropy", entropy=False, compiles=True, sixteen_bit_gradients=True
+    ),
 }

@@ -186,6 +186,8 @@ def test_bare_gemms_run_in_a_dtype_that_the_processor_multiplies(native: bool, m
     monkeypatch.setattr(torch, "mm", lambda a, b, out: made.append((a.dtype, b.dtype, out.dtype)) or out)
     METHODS["floor"].build(inputs)().backward()
     assert made == [(torch.bfloat16 if native else torch.float32,) * 3] * 3
+    assert (METHODS["naive"].why_not(CASES["bfloat16"]) is None) == native
+    assert METHODS["naive"].why_not(CASES["dense"]) is None
 
 
 def test_memory_is_measured_in_a_process_of_its_own() -> None:
