@@ -134,9 +134,11 @@ bench: $(DEV_STAMP)
 	$(HEAD) --dead 0 70 --dead-kind zero_advantage --rounds 9 --json $(RESULTS)/linear_policy_loss-cpu.json
 	$(HEAD) --dead 0 70 --dead-kind zero_advantage --shapes Qwen3-0.6B --length 32 --rounds 5 \
 	  --methods $(METHODS) --json $(RESULTS)/linear_policy_loss-cpu-qwen3-0.6b.json
-	$(HEAD) --shapes Qwen2.5-1.5B Qwen3-8B Llama-3-8B --rounds 5 --methods $(filter-out liger,$(METHODS)) \
+	$(HEAD) --shapes Qwen2.5-1.5B Qwen3-8B Llama-3-8B --rounds 3 --methods $(filter-out liger,$(METHODS)) \
 	  --json $(RESULTS)/linear_policy_loss-cpu-large.json
 	$(HEAD) --methods floor fresh_floor ours --shapes SmolLM2-135M Qwen3-0.6B --rounds 21 --json $(RESULTS)/dense-cpu.json
+	$(HEAD) --methods floor fresh_floor ours ours_16_bit_logits --dtype bfloat16 --rounds 21 \
+	  --json $(RESULTS)/dense-cpu-bfloat16.json
 	$(HEAD) --methods floor ours --dead 30 --dead-kind zero_advantage --json $(RESULTS)/dead30-cpu.json
 	$(HEAD) --methods floor ours --frozen --shapes SmolLM2-135M Qwen3-0.6B --json $(RESULTS)/frozen-cpu.json
 	$(HEAD) --dead 0 70 --dead-kind zero_advantage --dtype bfloat16 \
