@@ -136,7 +136,8 @@ bench: $(DEV_STAMP)
 	  --methods $(METHODS) --json $(RESULTS)/linear_policy_loss-cpu-qwen3-0.6b.json
 	$(HEAD) --shapes Qwen2.5-1.5B Qwen3-8B Llama-3-8B --rounds 3 --methods $(filter-out liger,$(METHODS)) \
 	  --json $(RESULTS)/linear_policy_loss-cpu-large.json
-	$(HEAD) --methods floor fresh_floor ours --shapes SmolLM2-135M Qwen3-0.6B --rounds 21 --json $(RESULTS)/dense-cpu.json
+	$(HEAD) --methods floor fresh_floor ours --shapes SmolLM2-135M Qwen3-0.6B --rounds 21 --no-memory \
+	  --json $(RESULTS)/dense-cpu.json
 	$(HEAD) --methods floor fresh_floor ours ours_16_bit_logits --dtype bfloat16 --rounds 21 \
 	  --json $(RESULTS)/dense-cpu-bfloat16.json
 	$(HEAD) --methods floor ours --dead 30 --dead-kind zero_advantage --json $(RESULTS)/dead30-cpu.json
