@@ -66,7 +66,7 @@ def refused(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> str:
         ),
         (
             ["--dtype", "bfloat16", "--head_autocast", "true"],
-            "head_autocast: expected nothing with dtype bfloat16, whose head is rounded already",
+            "head_autocast: expected nothing with dtype bfloat16, whose head is rounded, got True; leave it out",
         ),
         (["--save_steps", "null", "--keep_last", "3"], "keep_last: expected nothing without checkpoints, got 3"),
         (

@@ -263,7 +263,7 @@ def test_the_heads_operands_may_be_bfloat16(objective) -> None:
     kind = {} if objective == "repo" else {"behaviour": "sampler_logps", "delta_low": 1e-3, "delta_high": 1e-3}
     learners = [
         Learner(each, repo_ops.get_objective(objective, **kind), head_dtype=dtype)
-        for each, dtype in ((model, None), (rounded, torch.bfloat16))
+        for each, dtype in ((model, torch.float32), (rounded, torch.bfloat16))
     ]
     (loss, exact), (rough_loss, rough) = (run_backward(learner, sequences) for learner in learners)
     assert 0 < abs(rough_loss - loss) < 0.01

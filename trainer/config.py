@@ -288,7 +288,10 @@ class TrainConfig(PolicySettings):
                         f"{name}: expected nothing without {needed}, got {getattr(self, name)!r}; add --{needed}"
                     )
         if self.head_autocast and self.dtype != "float32":
-            raise ValueError(f"head_autocast: expected nothing with dtype {self.dtype}, whose head is rounded already")
+            raise ValueError(
+                f"head_autocast: expected nothing with dtype {self.dtype}, whose head is rounded, got True; "
+                "leave it out"
+            )
         for name in ("keep_last", "save_async"):
             if self.save_steps is None and getattr(self, name) != _default(name):
                 raise ValueError(f"{name}: expected nothing without checkpoints, got {getattr(self, name)!r}")
